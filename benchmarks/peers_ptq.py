@@ -1,0 +1,239 @@
+"""Our 8-bit static quantization beside that of NNCF, ONNX Runtime and torchao: same networks, same data, one run.
+
+    python benchmarks/peers_ptq.py [image image_mobile text speech] [--threads 2] [--rounds 15] [--json FILE]
+
+Every contender gets the same fp32 network (batch norms folded, as each of them would), the same calibration batches
+and the same runtime settings (fp32 for floats, latency hint, fixed shapes). Latencies are of batch 1, taken in turn
+in this process; the ratio is to eager fp32. NNCF and ONNX Runtime get the ONNX or OpenVINO form of the network, as
+their users have it. torchao quantizes linear layers only, so convolutions stay fp32 there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from featherweight import targets
+from featherweight.artifact import build
+from featherweight.passes import build as make
+from featherweight.recipe import Recipe
+from featherweight.targets import Runner
+from featherweight.workload import Workload, input_names, load, outputs, predictor, scores, tensors
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+WORKLOADS = ("image", "image_mobile", "text", "speech")
+TRANSFORMERS = ("text", "speech")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A quantized network: how to run it, how large its files are, and what it took to make them."""
+
+    name: str
+    run: Runner
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; `ratio` is eager fp32 over this one, the median over rounds."""
+
+    workload: str
+    contender: str
+    score: float
+    drop: float
+    bytes: int
+    latency_ms: float
+    ratio: float
+    seconds: float
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def eager(model: torch.nn.Module) -> Runner:
+    """A torch module behind the interface of a runtime."""
+    predict = predictor(model)
+    return lambda arrays: [o.numpy() for o in outputs(predict(*[torch.from_numpy(a) for a in arrays]))]
+
+
+def ours(workload: Workload, target: str, threads: int, folder: Path, steps: tuple[str, ...]) -> Contender:
+    recipe = Recipe(steps=tuple(make(name, {}, name) for name in steps), target=target)
+    start = time.perf_counter()
+    artifact = build(recipe, workload, folder)
+    seconds = time.perf_counter() - start
+    return Contender(f"featherweight {target}", artifact.load(threads), artifact.bytes, seconds)
+
+
+def nncf(workload: Workload, fp32: Path, threads: int, folder: Path, transformer: bool) -> Contender:
+    import nncf as library
+    import openvino
+
+    network = openvino.Core().read_model(fp32 / "model.xml")
+    names = [port.get_any_name() for port in network.inputs]
+    data = [
+        {name: value[i : i + 1].numpy() for name, value in zip(names, tensors(batch), strict=True)}
+        for batch in workload.calibration
+        for i in range(len(tensors(batch)[0]))
+    ]
+    start = time.perf_counter()
+    quantized = library.quantize(
+        network,
+        library.Dataset(data),
+        subset_size=len(data),
+        model_type=library.ModelType.TRANSFORMER if transformer else None,
+        preset=library.QuantizationPreset.MIXED,
+    )
+    folder.mkdir()
+    openvino.save_model(quantized, folder / "model.xml", compress_to_fp16=False)
+    seconds = time.perf_counter() - start
+    return Contender("NNCF openvino", targets.find("openvino").load(folder, threads), size_of(folder), seconds)
+
+
+def onnxruntime(workload: Workload, fp32: Path, threads: int, folder: Path) -> Contender:
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    names = input_names(workload.model, workload.example)
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.batches = iter(workload.calibration)
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            batch = next(self.batches, None)
+            return batch and dict(zip(names, [t.numpy() for t in tensors(batch)], strict=True))
+
+    folder.mkdir()
+    start = time.perf_counter()
+    quant_pre_process(str(fp32 / "model.onnx"), str(folder / "prepared.onnx"))
+    quantize_static(
+        str(folder / "prepared.onnx"),
+        str(folder / "model.onnx"),
+        Reader(),
+        quant_format=QuantFormat.QDQ,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+        per_channel=True,
+    )
+    (folder / "prepared.onnx").unlink()
+    seconds = time.perf_counter() - start
+    run = targets.find("onnxruntime").load(folder, threads)
+    return Contender("ONNX Runtime quantize_static", run, size_of(folder), seconds)
+
+
+def torchao(workload: Workload, folder: Path) -> Contender:
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    start = time.perf_counter()
+    model = copy.deepcopy(workload.model)
+    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    folder.mkdir()
+    torch.save(model.state_dict(), folder / "model.pt")
+    seconds = time.perf_counter() - start
+    compiled = torch.compile(model, dynamic=False)
+    return Contender("torchao int8 (linear layers), compiled", eager(compiled), size_of(folder), seconds)
+
+
+def contenders(name: str, workload: Workload, threads: int, folder: Path) -> list[Contender]:
+    """All that could be made; what failed is said on stderr and left out."""
+    has_norms = any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in workload.model.modules())
+    fold = ("fold_batchnorm",) if has_norms else ()
+    found: list[Contender] = []
+
+    def attempt(what: str, make_it: Callable[[], Contender]) -> None:
+        try:
+            found.append(make_it())
+        except Exception as error:  # a peer that cannot do a network is a result, not a crash of the comparison
+            print(f"{name}: {what} failed: {type(error).__name__}: {str(error)[:300]}", file=sys.stderr, flush=True)
+
+    fp32 = {t: folder / f"fp32_{t}" for t in ("openvino", "onnxruntime")}
+    for target, place in fp32.items():
+        attempt(f"fp32 {target}", lambda t=target, p=place: ours(workload, t, threads, p, fold))
+    found = [Contender(f"fp32 {t}", c.run, c.bytes, c.seconds) for t, c in zip(fp32, found, strict=True)]
+    steps = (*fold, "quantize_static")
+    for target in ("openvino", "onnxruntime", "torch"):
+        attempt(f"ours {target}", lambda t=target: ours(workload, t, threads, folder / f"ours_{t}", steps))
+    attempt("NNCF", lambda: nncf(workload, fp32["openvino"], threads, folder / "nncf", name in TRANSFORMERS))
+    attempt("ONNX Runtime", lambda: onnxruntime(workload, fp32["onnxruntime"], threads, folder / "ort"))
+    attempt("torchao", lambda: torchao(workload, folder / "torchao"))
+    return found
+
+
+def timed(runners: dict[str, Runner], inputs: list[np.ndarray], rounds: int) -> dict[str, list[float]]:
+    """Median latency in ms of each runner in each round, the runners taken in turn."""
+    medians: dict[str, list[float]] = {name: [] for name in runners}
+    for _ in range(rounds):
+        for name, run in runners.items():
+            run(inputs)
+            samples = []
+            while len(samples) < 3 or (sum(samples) < 150 and len(samples) < 50):
+                start = time.perf_counter()
+                run(inputs)
+                samples.append((time.perf_counter() - start) * 1e3)
+            medians[name].append(statistics.median(samples))
+    return medians
+
+
+def compare(name: str, threads: int, rounds: int) -> list[Row]:
+    workload = load(str(EXAMPLES / f"{name}.py"))
+    torch.set_num_threads(threads)
+    inputs = [tensor[:1].numpy() for tensor in tensors(workload.example)]
+    with tempfile.TemporaryDirectory() as scratch:
+        field = contenders(name, workload, threads, Path(scratch))
+        original = Contender("eager fp32", eager(workload.model), 0, 0.0)
+        field = [original, *field]
+        medians = timed({c.name: c.run for c in field}, inputs, rounds)
+        before = scores(workload.score, predictor(workload.model)).mean().item()
+        rows = []
+        for c in field:
+            after = before if c is original else scores(workload.score, _predict(c.run)).mean().item()
+            ratios = [a / b for a, b in zip(medians[original.name], medians[c.name], strict=True)]
+            latency = statistics.median(medians[c.name])
+            rows.append(Row(name, c.name, after, before - after, c.bytes, latency, statistics.median(ratios), c.seconds))
+            print(line(rows[-1]), flush=True)
+    return rows
+
+
+def _predict(run: Runner) -> Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]:
+    def predict(*args: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        found = tuple(torch.from_numpy(array) for array in run([a.numpy() for a in args]))
+        return found[0] if len(found) == 1 else found
+
+    return predict
+
+
+def line(row: Row) -> str:
+    return (
+        f"{row.workload:13}{row.contender:40}{row.score:8.4f}{row.drop:9.4f}{row.bytes / 1e6:9.2f} MB"
+        f"{row.latency_ms:10.3f} ms{row.ratio:8.2f}x{row.seconds:8.1f} s"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workloads", nargs="*", default=WORKLOADS, help="of examples/; all four by default")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", type=Path, default=Path("out/peers_ptq.json"))
+    arguments = parser.parse_args()
+    rows = [row for name in arguments.workloads for row in compare(name, arguments.threads, arguments.rounds)]
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+
+
+if __name__ == "__main__":
+    main()

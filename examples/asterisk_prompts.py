@@ -1,0 +1,96 @@
+"""The English prompts of the Asterisk telephone exchange: one voice, about 500 short phrases, with their texts.
+
+Recorded by Allison Smith for Digium, Inc., licence CC-BY-SA 3.0; fetched from the Debian packages
+`asterisk-core-sounds-en-wav` (the recordings) and `asterisk-core-sounds-en` (the texts), and never kept in this
+repository. Nothing here knows of networks, but for the log-mel features, which are the ones that Whisper reads.
+"""
+
+from __future__ import annotations
+
+import gzip
+import re
+import wave
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from assets import debian_package
+from scipy.signal import resample_poly
+from torch import Tensor
+
+RATE = 16_000  # samples a second
+HOP = 160  # samples a frame, so 100 frames a second
+_WINDOW = 400  # samples of a Fourier transform
+_MELS = 80
+
+# "[beep]", "followed by #": what is heard there is not what stands there.
+_NOT_AS_READ = re.compile(r"[][()<>#*@]")
+_MISSPELT = {"fourtieth": "fortieth", "represenatives": "representatives", "un-indentified": "unidentified",
+             "witheld": "withheld", "exclaimation": "exclamation", "umute": "unmute"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A recording as (samples,) floats in -1..1 at `RATE`, and the text that was read."""
+
+    name: str
+    samples: Tensor
+    text: str
+
+    @property
+    def seconds(self) -> float:
+        return len(self.samples) / RATE
+
+
+def prompts() -> list[Prompt]:
+    """All prompts whose text is what is heard, by name."""
+    texts = _texts(debian_package("asterisk-core-sounds-en"))
+    root = next(debian_package("asterisk-core-sounds-en-wav").rglob("en_US_f_Allison"))
+    paths = {path.relative_to(root).with_suffix("").as_posix(): path for path in root.rglob("*.wav")}
+    return [Prompt(name, _samples(paths[name]), texts[name]) for name in sorted(paths.keys() & texts.keys())]
+
+
+def _texts(folder: Path) -> dict[str, str]:
+    """Lines of `name: text` in a gzipped file; other lines are comments."""
+    raw = gzip.decompress(next(folder.rglob("core-sounds-en.txt.gz")).read_bytes()).decode()
+    found = dict(re.findall(r"^([\w./-]+):\s*(.*\S)\s*$", raw, re.MULTILINE))
+    return {name: _spelt(text) for name, text in found.items() if not _NOT_AS_READ.search(text)}
+
+
+def _spelt(text: str) -> str:
+    return " ".join(_MISSPELT.get(word.lower(), word) for word in text.split())
+
+
+def _samples(path: Path) -> Tensor:
+    """A mono wav of 16-bit samples, 8 kHz, at `RATE`."""
+    with wave.open(str(path)) as file:
+        raw = np.frombuffer(file.readframes(file.getnframes()), "<i2").astype(np.float32) / 2**15
+        return torch.from_numpy(resample_poly(raw, RATE // file.getframerate(), 1))
+
+
+def log_mel(samples: Tensor, frames: int) -> Tensor:
+    """(samples,) to (_MELS, frames): padded with silence or cut, in decades, -1..1 over the loudest 80 dB or so.
+
+    As Whisper was trained on: windows centred on multiples of `HOP`, and everything lower than eight decades below
+    the loudest value of the clip raised to there, before (x + 4) / 4.
+    """
+    padded = torch.zeros(frames * HOP)
+    padded[: len(samples)] = samples[: frames * HOP]
+    spectrum = torch.stft(padded, _WINDOW, HOP, window=torch.hann_window(_WINDOW), return_complex=True)
+    decades = (mel_filters() @ spectrum[:, :-1].abs().square()).clamp(min=1e-10).log10()
+    return (decades.maximum(decades.max() - 8) + 4) / 4
+
+
+def mel_filters() -> Tensor:
+    """(_MELS, _WINDOW // 2 + 1) triangles of equal area, evenly spaced on Slaney's scale from 0 to RATE / 2.
+
+    The scale is linear, 200 / 3 Hz a step, up to 1 kHz, and logarithmic, 27 steps for a factor of 6.4, from there.
+    """
+    top = 15 + 27 * np.log(RATE / 2 / 1000) / np.log(6.4)
+    steps = np.linspace(0, top, _MELS + 2)
+    corners = np.where(steps < 15, steps * 200 / 3, 1000 * 6.4 ** ((steps - 15) / 27))[:, None]
+    low, middle, high = corners[:-2], corners[1:-1], corners[2:]
+    hertz = np.linspace(0, RATE / 2, _WINDOW // 2 + 1)
+    triangles = np.minimum((hertz - low) / (middle - low), (high - hertz) / (high - middle))
+    return torch.from_numpy(triangles.clip(0) * 2 / (high - low)).float()

@@ -1,0 +1,39 @@
+"""8-bit weights, and activations rounded to 8 bits by their own range at every run.
+
+    x̂ = s · (clamp(round(x / s) + z, 0, 255) − z),  s = (max(x, 0) − min(x, 0)) / 255
+
+No calibration: the range is found while running, which costs time that `quantize_static` saves. For linear layers,
+whose inputs vary most between examples.
+
+Source: Jacob et al. 2018, arXiv:1712.05877, equation 1; ranges as in ONNX's DynamicQuantizeLinear.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from featherweight.encodings import Affine, DynamicQuantizer, affine_scale
+from featherweight.passes import Pass
+from featherweight.surgery import done, encode, quantize_input, refuse_quantized, select
+from featherweight.workload import Workload
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeDynamic(Pass):
+    """Stores linear layers (and embeddings) in 8 bits; linear layers round their input by its own range."""
+
+    def apply(self, model: nn.Module, workload: Workload) -> nn.Module:
+        layers = select(model, self.where, (nn.Linear, nn.Embedding))
+        refuse_quantized(layers, self.name())
+        for name, layer in layers.items():
+            weight = layer.weight.detach()  # type: ignore[union-attr, operator]
+            encoding = Affine(weight, affine_scale(weight, 8, 0), bits=8, axis=0)
+            encode(layer, encoding)
+            if isinstance(layer, nn.Linear):
+                quantize_input(layer, DynamicQuantizer())
+                done(name, f"{encoding.describe()}, inputs uint8 by their own range")
+            else:
+                done(name, encoding.describe())
+        return model

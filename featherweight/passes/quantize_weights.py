@@ -1,0 +1,66 @@
+"""Weights as whole numbers of 8 or 4 bits; arithmetic stays in floats.
+
+    ŵ = s · clamp(round(w / s), −2^(b−1), 2^(b−1) − 1)
+
+with one s for each output channel or each block of consecutive weights of a row. Smaller files, and faster where
+reading weights takes the time. Activations are left alone: see `quantize_static` and `quantize_dynamic`.
+
+Source: Jacob et al. 2018, arXiv:1712.05877, equation 1; blocks: Dettmers et al. 2022, arXiv:2110.02861, section 2.1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from torch import nn
+
+from featherweight.encodings import Affine, affine_scale
+from featherweight.passes import Pass
+from featherweight.settings import Choice
+from featherweight.surgery import done, encode, left, refuse_quantized, select
+from featherweight.workload import Workload
+
+KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Embedding)
+SMALLEST_BLOCK = 16  # below it the scales weigh more than the codes save
+
+
+def fitting_block(row: int, block: int) -> int:
+    """The largest divisor of `row` that is no larger than `block`; 0 (no blocks) where that is under 16.
+
+    >>> fitting_block(384, 128), fitting_block(27, 32), fitting_block(17, 8), fitting_block(96, 64)
+    (128, 27, 0, 48)
+    """
+    best = max(size for size in range(1, min(row, max(block, 1)) + 1) if row % size == 0)
+    return best if best >= SMALLEST_BLOCK else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeWeights(Pass):
+    """Stores the weights of convolutions, linear layers and embeddings as 8- or 4-bit whole numbers.
+
+    Args:
+        bits: of each weight.
+        block: how many consecutive weights of a row share a scale; 0 for one scale per output channel. Where it
+            does not divide a row, the largest smaller size that does is taken.
+        search: whether scales minimise the squared error (else they cover the largest weight).
+    """
+
+    bits: Annotated[int, Choice(8, 4)] = 8
+    block: Annotated[int, Choice(0, 32, 64, 128)] = 0
+    search: bool = True
+
+    def apply(self, model: nn.Module, workload: Workload) -> nn.Module:
+        layers = select(model, self.where, KINDS)
+        refuse_quantized(layers, self.name())
+        for name, layer in layers.items():
+            weight = layer.weight.detach()  # type: ignore[union-attr, operator]
+            if weight[0].numel() < 2:
+                left(name, "its rows hold one weight each: a scale would weigh more than it saves")
+                continue
+            block = fitting_block(weight[0].numel(), self.block) if self.block else 0
+            scale = affine_scale(weight, self.bits, 0, block, self.search)
+            encoding = Affine(weight, scale, bits=self.bits, axis=0, block=block)
+            encode(layer, encoding)
+            done(name, encoding.describe())
+        return model

@@ -1,0 +1,116 @@
+"""OpenVINO: Intel's runtime, on CPUs. Writes `model.xml` (the graph) and `model.bin` (the weights).
+
+What this runtime wants, measured (see LOG.md): quantized inputs and weights of convolutions and linear layers are
+enough for int8 kernels, additions may stay in float; fixed shapes run faster than free ones, so a network is
+compiled once for each of the first few shapes it meets. Floats run as fp32: bf16, which the runtime would choose
+by itself on some processors, is slower without matrix units and changes results.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from featherweight.errors import ExportError
+from featherweight.targets import Arrays, Kernel, Runner, Target
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from featherweight.workload import Workload
+
+SHAPES_COMPILED = 4  # one static network each; what comes after runs on one network with free shapes
+
+
+class OpenVINO(Target):
+    """Intel's runtime for CPUs; the fastest here for 8-bit convolutions and linear layers."""
+
+    requires = ("openvino", "onnx", "onnxscript")
+    extra = "openvino"
+    width_multiple = 16
+
+    def export(self, model: nn.Module, workload: Workload, folder: Path) -> None:
+        import onnx_ir
+
+        from featherweight.onnx_graph import to_onnx
+
+        ov = _openvino()
+        proto = onnx_ir.to_proto(to_onnx(model, workload))
+        try:
+            network = ov.Core().read_model(proto.SerializeToString())
+        except Exception as error:
+            raise ExportError(
+                f"openvino cannot read {type(model).__name__}: {' '.join(str(error).split())[:300]} "
+                "Replace the operator that it names, or choose another target."
+            ) from error
+        for port, value in zip(network.inputs, proto.graph.input, strict=True):
+            port.get_tensor().set_names({value.name})
+        ov.save_model(network, folder / "model.xml", compress_to_fp16=False)
+
+    def load(self, folder: Path, threads: int) -> Runner:
+        network = _openvino().Core().read_model(folder / "model.xml")
+        requests: dict[tuple[tuple[int, ...], ...], Any] = {}
+
+        def run(inputs: Arrays) -> list[np.ndarray]:
+            shapes = tuple(array.shape for array in inputs)
+            if shapes not in requests:
+                key = shapes if len(requests) < SHAPES_COMPILED else ()
+                if key not in requests:
+                    requests[key] = _compiled(network, key, threads).create_infer_request()
+                shapes = key
+            request = requests[shapes]
+            request.infer(list(inputs))
+            return [np.array(request.get_output_tensor(i).data) for i in range(len(network.outputs))]
+
+        return run
+
+    def profile(self, folder: Path, inputs: Arrays, threads: int) -> list[Kernel]:
+        network = _openvino().Core().read_model(folder / "model.xml")
+        compiled = _compiled(network, tuple(array.shape for array in inputs), threads, PERF_COUNT=True)
+        request = compiled.create_infer_request()
+        for _ in range(3):
+            request.infer(list(inputs))
+        return [
+            Kernel(info.node_name, info.node_type, _arithmetic(info.exec_type), info.real_time.total_seconds() * 1e3)
+            for info in request.get_profiling_info()
+            if info.status == info.Status.EXECUTED
+        ]
+
+
+def _openvino() -> Any:
+    os.environ.setdefault("OPENVINO_TELEMETRY_OPT_OUT", "1")
+    import openvino
+
+    return openvino
+
+
+def _compiled(network: Any, shapes: tuple[tuple[int, ...], ...], threads: int, **more: Any) -> Any:
+    """`network` compiled for these input shapes, or for free ones where there are none."""
+    ov = _openvino()
+    if shapes:
+        network = network.clone()
+        network.reshape(dict(zip(network.inputs, [ov.PartialShape(list(shape)) for shape in shapes], strict=True)))
+    return ov.Core().compile_model(
+        network,
+        "CPU",
+        {
+            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_NUM_THREADS": threads,
+            "NUM_STREAMS": 1,
+            "PERFORMANCE_HINT": "LATENCY",
+            **more,
+        },
+    )
+
+
+def _arithmetic(primitive: str) -> str:
+    """The precision in which a primitive computes, from its name: `brgconv_avx512_I8`, `jit_avx512_f32`, ….
+
+    >>> _arithmetic("brgconv_avx512_I8"), _arithmetic("unknown_f32")
+    ('int8', 'fp32')
+    """
+    ending = primitive.lower().rpartition("_")[2]
+    return {"i8": "int8", "u8": "int8", "i4": "int4", "u4": "int4", "bf16": "bf16", "f16": "fp16"}.get(ending, "fp32")
