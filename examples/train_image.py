@@ -47,8 +47,10 @@ def train(folder: Path, epochs: int, batch: int, seed: int) -> None:
     SUBSET.parent.mkdir(exist_ok=True)
     np.savez_compressed(
         SUBSET,
-        train_x=data["train_x"][:SUBSET_TRAIN], train_y=data["train_y"][:SUBSET_TRAIN],
-        test_x=data["test_x"], test_y=data["test_y"],
+        train_x=data["train_x"][:SUBSET_TRAIN],
+        train_y=data["train_y"][:SUBSET_TRAIN],
+        test_x=data["test_x"],
+        test_y=data["test_y"],
     )
     x, y = normalised(brightness(data["train_x"])), torch.from_numpy(data["train_y"]).long()
     test_x, test_y = normalised(brightness(data["test_x"])), torch.from_numpy(data["test_y"]).long()
@@ -69,11 +71,19 @@ def train(folder: Path, epochs: int, batch: int, seed: int) -> None:
             optimizer.step()
             schedule.step()
             total += loss.item()
-        print(f"epoch {epoch + 1}/{epochs}: loss {total / (len(x) // batch):.4f}, "
-              f"test accuracy {accuracy(net, test_x, test_y):.4f}, {time.time() - start:.0f} s", flush=True)
+        print(
+            f"epoch {epoch + 1}/{epochs}: loss {total / (len(x) // batch):.4f}, "
+            f"test accuracy {accuracy(net, test_x, test_y):.4f}, {time.time() - start:.0f} s",
+            flush=True,
+        )
         WEIGHTS.parent.mkdir(exist_ok=True)
-        save_file({name: (value.half() if value.is_floating_point() else value).contiguous()
-                   for name, value in net.state_dict().items()}, WEIGHTS)
+        save_file(
+            {
+                name: (value.half() if value.is_floating_point() else value).contiguous()
+                for name, value in net.state_dict().items()
+            },
+            WEIGHTS,
+        )
 
 
 if __name__ == "__main__":

@@ -61,7 +61,9 @@ def fit(net: EfficientNetLite0, data: Shuffled, held_out: Images, epochs: int, r
     for epoch in range(1, epochs + 1):
         net.train()
         for (x,), labels in data:
-            loss = nn.functional.cross_entropy(net(x.to(memory_format=torch.channels_last)), labels, label_smoothing=0.1)
+            loss = nn.functional.cross_entropy(
+                net(x.to(memory_format=torch.channels_last)), labels, label_smoothing=0.1
+            )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -49,6 +49,19 @@ LARGEST_FILE = 1 << 40
 MOST_FILES = 1000
 MOST_VALUES = 1000  # inputs, outputs and dimensions
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+KEYS = {
+    "featherweight": str,
+    "recipe_digest": str,
+    "target": str,
+    "files": dict,
+    "inputs": list,
+    "outputs": list,
+    "parameters": int,
+    "int8_layers": int,
+    "coverage": list,
+    "versions": dict,
+    "seed": int,
+}  # of a manifest, beside format
 DTYPES = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool")
 VECTOR_BATCH = 2
 VECTOR_OUTPUTS = 4096  # values kept of each output
@@ -116,8 +129,8 @@ class Artifact:
             size = arrays[0].shape[0]
             if [value.dim() for value in found] != ranks or any(value.shape[0] != size for value in found):
                 raise ArtifactError(
-                    f"{self.folder} returned outputs of shapes {[tuple(v.shape) for v in found]} for a batch of {size}, "
-                    f"but its manifest says {[spec['shape'] for spec in self.manifest['outputs']]}. {AGAIN}"
+                    f"{self.folder} returned outputs of {[tuple(v.shape) for v in found]} for a batch of {size}, but "
+                    f"its manifest says {[spec['shape'] for spec in self.manifest['outputs']]}. {AGAIN}"
                 )
             return found[0] if len(found) == 1 else tuple(found)
 
@@ -150,7 +163,7 @@ def build(
     """
     from featherweight.recipe import compress_model
 
-    folder = Path(folder)
+    folder = Path(folder) if Path(folder).name not in ("", "..") else Path(folder).resolve()
     _check_free(folder, overwrite)
     target = targets.find(recipe.target)
     with _whole_or_nothing(folder, overwrite) as fresh:
@@ -215,7 +228,7 @@ def write_text_atomic(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         fresh.replace(path)
-        _sync_folder(path.parent)
+        _sync(path.parent)
     except OSError as error:
         raise _unwritable(path, error) from error
     finally:
@@ -223,7 +236,7 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 
 def versions_of(target: str) -> dict[str, str]:
-    """The versions of Featherweight, Python, NumPy, torch and of the modules that `target` needs (`eager` needs none)."""
+    """The versions of Python, Featherweight, NumPy, torch and the modules that `target` needs (`eager`: none)."""
     needed = targets.find(target).requires if target in targets.names() else ()
     found = {"python": platform.python_version()}
     for name in ("featherweight", "numpy", "torch", *needed):
@@ -249,7 +262,7 @@ def _check_free(folder: Path, overwrite: bool) -> None:
         ) from error
     if not overwrite:
         raise ArtifactError(
-            f"{folder} holds an artifact already. Choose another folder, or allow it to be replaced (overwrite)."
+            f"{folder} holds an artifact already. Choose another folder, or allow it to be replaced (overwrite=True)."
         )
 
 
@@ -266,14 +279,14 @@ def _whole_or_nothing(folder: Path, overwrite: bool) -> Iterator[Path]:
     try:
         yield fresh
         for path in fresh.iterdir():
-            _sync_file(path)
-        _sync_folder(fresh)
+            _sync(path)
+        _sync(fresh)
         _check_free(folder, overwrite)  # again: it may have been filled in the meantime
         try:
             if folder.exists() and any(folder.iterdir()):
                 folder.rename(old)
             fresh.rename(folder)
-            _sync_folder(folder.parent)
+            _sync(folder.parent)
         except OSError as error:
             raise _unwritable(folder, error) from error
     finally:
@@ -288,15 +301,11 @@ def _unwritable(path: Path, error: OSError) -> ArtifactError:
     return ArtifactError(f"{path} cannot be written: {reason}. Choose a place that may be written and has room.")
 
 
-def _sync_file(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
+def _sync(path: Path) -> None:
+    """A file or folder reaches the disk before what follows does."""
     if os.name != "posix":
         return  # elsewhere a folder cannot be opened
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -308,8 +317,8 @@ def _check_exported(folder: Path, target: str) -> None:
     for path in written:
         if not path.is_file() or path.is_symlink() or not FILE_NAME.fullmatch(path.name):
             raise ExportError(
-                f"{target} wrote {path.name!r}, which an artifact cannot hold: files lie flat in its folder and are named "
-                "with letters, digits, dots and dashes. Mend the target's export."
+                f"{target} wrote {path.name!r}, which an artifact cannot hold: files lie flat in its folder and are "
+                "named with letters, digits, dots and dashes. Mend the target's export."
             )
         if path.name in (MANIFEST, RECIPE, VECTORS):
             raise ExportError(f"{target} wrote {path.name!r}, a name of the artifact's own. Mend the target's export.")
@@ -389,7 +398,7 @@ def _write_vectors(folder: Path, manifest: dict[str, Any], workload: Workload, m
     if [(value.shape, value.dtype) for value in found] != [(value.shape, value.dtype) for value in wanted]:
         raise ExportError(
             f"{manifest['target']} returns {[(v.shape, str(v.dtype)) for v in found]}, where the network returns "
-            f"{[(v.shape, str(v.dtype)) for v in wanted]}. Choose another target; this is a fault of ours, so report it."
+            f"{[(v.shape, str(v.dtype)) for v in wanted]}. That is our fault: report it, and choose another target."
         )
     stored = {f"input{index}": value for index, value in enumerate(inputs)}
     stored |= {f"output{index}": _thinned(value) for index, value in enumerate(found)}
@@ -429,7 +438,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     complaint = next(_complaints(content), None)
     if complaint is not None:
         raise ArtifactError(f"{path} is no manifest: {complaint[:300]}. {AGAIN}")
-    return content  # type: ignore[no-any-return]
+    return content
 
 
 def _read_bounded(path: Path, limit: int) -> bytes:
@@ -438,7 +447,9 @@ def _read_bounded(path: Path, limit: int) -> bytes:
         if not stat.S_ISREG(status.st_mode):
             raise ArtifactError(f"{path} is no regular file. {AGAIN}")
         if status.st_size > limit:
-            raise ArtifactError(f"{path} has {status.st_size:,} bytes, more than the {limit:,} that it may have. {AGAIN}")
+            raise ArtifactError(
+                f"{path} has {status.st_size:,} bytes, more than the {limit:,} that it may have. {AGAIN}"
+            )
         with path.open("rb") as file:
             return file.read(limit)
     except FileNotFoundError as error:
@@ -465,10 +476,7 @@ def _complaints(manifest: Any) -> Iterator[str]:
     if not isinstance(manifest, dict):
         yield f"it is a {type(manifest).__name__}, not an object"
         return
-    for key, kind in (
-        ("featherweight", str), ("recipe_digest", str), ("target", str), ("files", dict), ("inputs", list),
-        ("outputs", list), ("parameters", int), ("int8_layers", int), ("coverage", list), ("versions", dict), ("seed", int),
-    ):  # fmt: skip
+    for key, kind in KEYS.items():
         if type(manifest.get(key)) is not kind:
             yield f"{key} is {'missing' if key not in manifest else f'no {kind.__name__}'}"
             return
@@ -494,7 +502,7 @@ def _file_complaints(files: dict[str, Any]) -> Iterator[str]:
         yield f"it lists {len(files)} files, more than {MOST_FILES}"
     for name, about in files.items():
         if not FILE_NAME.fullmatch(name):
-            yield f"the file name {name[:80]!r} is not allowed: only letters, digits, dots and dashes are, and no folders"
+            yield f"the file name {name[:80]!r} is not allowed: it must be of letters, digits, dots and dashes"
         elif name == MANIFEST:
             yield f"it lists {MANIFEST} itself"
         elif not isinstance(about, dict) or set(about) != {"bytes", "sha256"}:
@@ -554,16 +562,16 @@ def _in_order(args: tuple[Tensor, ...], named: Mapping[str, Tensor], specs: list
     unknown, missing = sorted(named.keys() - names[len(args) :]), [n for n in names[len(args) :] if n not in named]
     if len(args) > len(names) or unknown or missing:
         raise ArtifactError(
-            f"predict got {len(args)} tensors by position and {sorted(named) or 'none'} by name, but the artifact reads "
-            f"{wanted}. Give each of them once."
+            f"predict got {len(args)} tensors by position and {sorted(named) or 'none'} by name, but the artifact "
+            f"reads {wanted}. Give each of them once."
         )
     given = [*args, *(named[name] for name in names[len(args) :])]
     for value, spec in zip(given, specs, strict=True):
         shape, dtype = tuple(value.shape), str(value.dtype).removeprefix("torch.")
         if dtype != spec["dtype"] or not shape or list(shape[1:]) != spec["shape"][1:] or shape[0] != given[0].shape[0]:
             raise ArtifactError(
-                f"predict got {dtype} {list(shape)} for {spec['name']!r}, but the artifact reads {wanted}, with one batch "
-                "size for all. Convert, pad or crop the data to that."
+                f"predict got {dtype} {list(shape)} for {spec['name']!r}, but the artifact reads {wanted}, with one "
+                "batch size for all. Convert, pad or crop the data to that."
             )
     if given[0].shape[0] == 0:
         raise ArtifactError("predict got an empty batch. Give it at least one example.")

@@ -465,9 +465,7 @@ def _pad(call: Call) -> Labels:
 def _cat(call: Call) -> Labels:
     parts = [call.known[node] for node in call["tensors"]]
     dim = call["dim"] % len(parts[0])
-    others = call.broadcast(
-        ((*part[:dim], fixed(1), *part[dim + 1 :]) for part in parts), _with(call.shape, dim, 1)
-    )
+    others = call.broadcast(((*part[:dim], fixed(1), *part[dim + 1 :]) for part in parts), _with(call.shape, dim, 1))
     return _with(others, dim, np.concatenate([part[dim] for part in parts]))
 
 

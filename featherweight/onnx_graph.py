@@ -20,7 +20,7 @@ from torch import nn
 from featherweight.encodings import Affine, unpack4
 from featherweight.errors import ExportError
 from featherweight.surgery import encodings, trace
-from featherweight.workload import Workload, input_names, outputs, predictor, tensors
+from featherweight.workload import Workload, input_names
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -54,7 +54,9 @@ def to_onnx(model: nn.Module, workload: Workload) -> onnx_ir.Model:
     graph_model = exported.model
     _store_encoded(graph_model, model)
     _name_ends(graph_model, workload)
-    return _simplified(graph_model)
+    _simplify(graph_model)
+    _forget_origin(graph_model)
+    return graph_model
 
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
@@ -114,7 +116,7 @@ def _name_ends(graph_model: onnx_ir.Model, workload: Workload) -> None:
         value.name = f"output{index}"
 
 
-def _simplified(graph_model: onnx_ir.Model) -> onnx_ir.Model:
+def _simplify(graph_model: onnx_ir.Model) -> None:
     """Constants folded (dequantized weights are not), identical nodes and initializers merged, the unused removed."""
     import onnx_ir.passes.common as common
     from onnxscript import optimizer
@@ -124,13 +126,19 @@ def _simplified(graph_model: onnx_ir.Model) -> onnx_ir.Model:
         common.DeduplicateInitializersPass(size_limit=1 << 40)(graph_model)
         common.CommonSubexpressionEliminationPass()(graph_model)
         common.RemoveUnusedNodesPass()(graph_model)
-    return graph_model
 
 
-def output_count(model: nn.Module, workload: Workload) -> int:
-    """How many tensors the network returns."""
-    result = predictor(model)(*tensors(workload.example))
-    return len(outputs(result))
+def _forget_origin(graph_model: onnx_ir.Model) -> None:
+    """Removes the exporter's notes: they tell the paths of the machine and would outweigh a small network."""
+    graph_model.metadata_props.clear()
+    graph_model.graph.metadata_props.clear()
+    for node in graph_model.graph:
+        node.metadata_props.clear()
+        for value in (*node.inputs, *node.outputs):
+            if value is not None:
+                value.metadata_props.clear()
+    for value in (*graph_model.graph.inputs, *graph_model.graph.outputs):
+        value.metadata_props.clear()
 
 
 @contextlib.contextmanager

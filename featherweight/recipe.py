@@ -203,7 +203,9 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent) or getattr(self.peek_event(), "anchor", None):
-            raise yaml.MarkedYAMLError(problem="anchors and aliases are not taken", problem_mark=self.peek_event().start_mark)
+            raise yaml.MarkedYAMLError(
+                problem="anchors and aliases are not taken", problem_mark=self.peek_event().start_mark
+            )
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -235,7 +237,7 @@ def _parsed(text: str, where: str) -> Any:
             "right file?"
         )
     try:
-        return yaml.load(text, _Loader)  # noqa: S506 - derived from SafeLoader
+        return yaml.load(text, _Loader)  # derived from SafeLoader
     except yaml.MarkedYAMLError as error:
         place = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise RecipeError(f"{where} is no YAML{place}: {error.problem or error}. Write it as in: {EXAMPLE}.") from error
@@ -295,4 +297,6 @@ def _alternatives(where: str) -> str:
 
 
 def _kind(value: Any) -> str:
-    return {"NoneType": "nothing (null)", "str": "text", "dict": "mapping"}.get(type(value).__name__, type(value).__name__)
+    return {"NoneType": "nothing (null)", "str": "text", "dict": "mapping"}.get(
+        type(value).__name__, type(value).__name__
+    )

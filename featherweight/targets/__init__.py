@@ -46,6 +46,9 @@ class Target(ABC):
     requires: tuple[str, ...] = ()
     extra: str = ""
     width_multiple: int = 8  # channel counts that are a multiple of this run well
+    # How far an exported network may be from the torch module, as the norm of the difference over that of the outputs.
+    # Floats agree to 1e-5; where values are rounded to bytes, a last bit decides now and then on which side one falls.
+    tolerance: float = 0.01
 
     @classmethod
     def name(cls) -> str:

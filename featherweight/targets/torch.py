@@ -45,6 +45,9 @@ class Torch(Target):
 
         program = trace(model, workload.example)
         program._example_inputs = None  # the archive would hold them pickled
+        for node in program.graph.nodes:  # where the network was made is nobody's business
+            for note in ("stack_trace", "nn_module_stack", "source_fn_stack"):
+                node.meta.pop(note, None)
         try:
             torch.export.save(program, folder / "model.pt2")
         except Exception as error:

@@ -1,0 +1,574 @@
+"""Measuring: what an artifact costs and what it is worth, beside the original, in plain numbers with their doubts.
+
+Bytes are bytes of files, milliseconds come from fresh processes that run in turn (`timing`), scores from the
+artifact's own outputs through the workload's own `score`. Nothing is compressed here and nothing is decided.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import re
+import tempfile
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from featherweight import targets
+from featherweight.artifact import Artifact, count_parameters, versions_of
+from featherweight.errors import ArtifactError, WorkloadError
+from featherweight.timing import Interval, Subject, interleave, latency, ratio
+from featherweight.workload import Predict, Score, Workload, call, like, outputs, predictor, scores, tensors
+
+ORIGINAL, CONTROL, ARTIFACT, RUNTIME = "original", "control", "artifact", "runtime"
+RESAMPLES = 4000
+FEW_EXAMPLES = 300
+NOISY = 0.10  # width of the control's interval
+FIDELITY_BATCHES = 8
+FIDELITY_VALUES = 32_000_000  # of outputs that are kept in memory
+ROUNDS, ROUND_SECONDS = 15, 0.15
+QUICK_ROUNDS, QUICK_ROUND_SECONDS = 7, 0.1
+INT8_FEATURES = ("avx512_vnni", "avx_vnni", "amx_int8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What was found of one artifact (or of the original: target `eager`), beside the original.
+
+    Scores and drops of single examples are averaged; `drop` is the original's score less the artifact's, so that
+    positive is worse. `_low` and `_high` bound 95 %, `drop_low` and `drop_upper` 95 % each on one side. `latency_ratio`
+    is the original's latency over the artifact's, `versus_runtime_ratio` that of the best fp32 artifact,
+    `control_ratio` the original's over its own in a second process. Samples are kept as one list per round.
+    """
+
+    digest: str
+    recipe: str
+    target: str
+    seed: int
+    threads: int
+    batch: int
+    examples: int
+    score: float
+    score_low: float | None
+    score_high: float | None
+    original_score: float
+    drop: float
+    drop_low: float | None
+    drop_upper: float
+    test_score: float | None
+    test_score_low: float | None
+    test_score_high: float | None
+    test_drop: float | None
+    test_drop_low: float | None
+    test_drop_upper: float | None
+    bytes: int
+    packed_bytes: int | None
+    original_bytes: int
+    parameters: int
+    original_parameters: int
+    latency_ms: float
+    latency_ms_samples: list[list[float]]
+    original_latency_ms: float
+    original_latency_ms_samples: list[list[float]]
+    latency_ratio: float
+    latency_ratio_low: float
+    latency_ratio_high: float
+    versus_runtime_ratio: float | None
+    versus_runtime_ratio_low: float | None
+    versus_runtime_ratio_high: float | None
+    control_ratio: float
+    control_ratio_low: float
+    control_ratio_high: float
+    peak_rss_bytes: int | None
+    original_peak_rss_bytes: int | None
+    fidelity: dict[str, float | None]
+    coverage: list[dict[str, str]]
+    kernels: dict[str, float]
+    machine: dict[str, Any]
+    versions: dict[str, str]
+    doubts: list[str]
+
+    @property
+    def faster(self) -> bool:
+        """Whether "faster than the original" may be said: its interval lies above 1, and above that of the control."""
+        return self.latency_ratio_low > max(1.0, self.control_ratio_high)
+
+    def to_json(self) -> str:
+        """As one JSON object."""
+        return json.dumps(dataclasses.asdict(self), allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Measurement:
+        """What `to_json` wrote.
+
+        Raises:
+            ArtifactError: the text is no measurement.
+        """
+        return cls(**_fields(cls, text))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Baseline:
+    """The original, measured once, for all artifacts to be compared with.
+
+    Args:
+        measurement: of the original itself, timed against itself.
+        scores: one per example, or a single one.
+        test_scores: the same of `test_score`, or None where the workload has none.
+        outputs: on the first calibration batches; not kept in JSON.
+    """
+
+    measurement: Measurement
+    scores: list[float]
+    test_scores: list[float] | None
+    outputs: list[tuple[Tensor, ...]] = dataclasses.field(repr=False)
+
+    @property
+    def threads(self) -> int:
+        """Those that the original was timed with."""
+        return self.measurement.threads
+
+    @property
+    def batch(self) -> int:
+        """The batch size that the original was timed with."""
+        return self.measurement.batch
+
+    def to_json(self) -> str:
+        """All but the outputs, as one JSON object."""
+        kept = {"scores": self.scores, "test_scores": self.test_scores}
+        return json.dumps({"measurement": dataclasses.asdict(self.measurement), **kept}, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str, workload: Workload) -> Baseline:
+        """What `to_json` wrote, with the outputs of the workload's network computed anew.
+
+        Raises:
+            ArtifactError: the text is no baseline.
+        """
+        values = _fields(cls, text, without=("outputs",))
+        measurement = Measurement.from_json(json.dumps(values.pop("measurement")))
+        return cls(**values, measurement=measurement, outputs=_outputs_on_calibration(workload))
+
+
+def baseline(workload: Workload, *, threads: int = 1, batch: int = 1, quick: bool = False, seed: int = 0) -> Baseline:
+    """The original's scores, outputs, size, and its latency against itself in a second process.
+
+    Args:
+        workload: with a `source`, else its network is timed in this process, which is put among the doubts.
+        threads: of the network when it is timed.
+        batch: of the inputs when it is timed.
+        quick: fewer and shorter rounds.
+        seed: of the bootstrap.
+    """
+    predict = predictor(workload.model)
+    before = scores(workload.score, predict).tolist()
+    test = None if workload.test_score is None else scores(workload.test_score, predict, "test_score").tolist()
+    timings = interleave(
+        [_original(workload, batch, ORIGINAL), _original(workload, batch, CONTROL)],
+        timing_inputs(workload, batch),
+        threads=threads,
+        **_effort(quick),
+    )
+    rounds = timings.rounds
+    control = ratio(rounds[ORIGINAL], rounds[CONTROL], seed)
+    size, parameters, milliseconds = (
+        file_bytes(workload.model),
+        count_parameters(workload.model),
+        latency(rounds[ORIGINAL]),
+    )
+    measurement = Measurement(
+        digest="original",
+        recipe="",
+        target="eager",
+        seed=seed,
+        threads=threads,
+        batch=batch,
+        examples=len(before),
+        original_score=float(np.mean(before)),
+        **_quality("", before, before, seed),
+        **_quality("test_", test, test, seed),
+        bytes=size,
+        packed_bytes=None,
+        original_bytes=size,
+        parameters=parameters,
+        original_parameters=parameters,
+        latency_ms=milliseconds,
+        latency_ms_samples=rounds[ORIGINAL],
+        original_latency_ms=milliseconds,
+        original_latency_ms_samples=rounds[ORIGINAL],
+        **_interval("latency_ratio", control),
+        **_interval("versus_runtime_ratio", None),
+        **_interval("control_ratio", control),
+        peak_rss_bytes=timings.peak_rss_bytes[ORIGINAL],
+        original_peak_rss_bytes=timings.peak_rss_bytes[ORIGINAL],
+        fidelity={"agreement": 1.0, "relative_error": 0.0},
+        coverage=[],
+        kernels={},
+        machine=machine(),
+        versions=versions_of("eager"),
+        doubts=[*_workload_doubts(workload, before, test), *_control_doubts(control)],
+    )
+    return Baseline(measurement=measurement, scores=before, test_scores=test, outputs=_outputs_on_calibration(workload))
+
+
+def measure(
+    artifact: Artifact,
+    workload: Workload,
+    baseline: Baseline,
+    *,
+    threads: int = 1,
+    batch: int = 1,
+    runtime: Artifact | None = None,
+    test: bool = False,
+    quick: bool = False,
+    seed: int = 0,
+) -> Measurement:
+    """What the artifact costs and is worth, beside the original.
+
+    Args:
+        artifact: what ships.
+        workload: that it was made of.
+        baseline: of the same workload.
+        threads: of every network when it is timed; scores use all cores.
+        batch: of the inputs when they are timed.
+        runtime: the best artifact that is not compressed, timed as well.
+        test: whether it is scored on `test_score` too, where the workload has one.
+        quick: fewer and shorter rounds; the control is taken from the baseline.
+        seed: of the bootstrap.
+
+    Raises:
+        WorkloadError: the score fails on the artifact's outputs.
+        ArtifactError: the artifact cannot be loaded or run.
+    """
+    original = baseline.measurement
+    inputs = timing_inputs(workload, batch)
+    predict = artifact.predict(physical_cores())
+    after = _scores_like(baseline.scores, workload.score, predict, "score")
+    before_test = baseline.test_scores if test else None
+    after_test = None
+    if before_test is not None and workload.test_score is not None:
+        after_test = _scores_like(before_test, workload.test_score, predict, "test_score")
+    fidelity, doubts = _fidelity(baseline.outputs, predict, workload)
+    kernels = shares(artifact, inputs, threads)
+    del predict  # a second copy of the network would only take memory from those that are timed
+
+    subjects = [_original(workload, batch, ORIGINAL), Subject(ARTIFACT, folder=artifact.folder)]
+    if runtime is not None:
+        subjects.append(Subject(RUNTIME, folder=runtime.folder))
+    if not quick:
+        subjects.append(_original(workload, batch, CONTROL))
+    timings = interleave(subjects, inputs, threads=threads, **_effort(quick))
+    rounds = timings.rounds
+    control = Interval(original.control_ratio, original.control_ratio_low, original.control_ratio_high)
+    if not quick:
+        control = ratio(rounds[ORIGINAL], rounds[CONTROL], seed)
+    here = machine()
+    return Measurement(
+        digest=artifact.digest,
+        recipe=artifact.recipe,
+        target=artifact.target,
+        seed=artifact.manifest["seed"],
+        threads=threads,
+        batch=batch,
+        examples=len(after),
+        original_score=original.score,
+        **_quality("", after, baseline.scores, seed),
+        **_quality("test_", after_test, before_test, seed),
+        bytes=artifact.bytes,
+        packed_bytes=None,
+        original_bytes=original.bytes,
+        parameters=artifact.manifest["parameters"],
+        original_parameters=original.parameters,
+        latency_ms=latency(rounds[ARTIFACT]),
+        latency_ms_samples=rounds[ARTIFACT],
+        original_latency_ms=latency(rounds[ORIGINAL]),
+        original_latency_ms_samples=rounds[ORIGINAL],
+        **_interval("latency_ratio", ratio(rounds[ORIGINAL], rounds[ARTIFACT], seed)),
+        **_interval("versus_runtime_ratio", ratio(rounds[RUNTIME], rounds[ARTIFACT], seed) if runtime else None),
+        **_interval("control_ratio", control),
+        peak_rss_bytes=timings.peak_rss_bytes[ARTIFACT],
+        original_peak_rss_bytes=timings.peak_rss_bytes[ORIGINAL],
+        fidelity=fidelity,
+        coverage=artifact.manifest["coverage"],
+        kernels=kernels,
+        machine=here,
+        versions=versions_of(artifact.target),
+        doubts=[
+            *_workload_doubts(workload, after, baseline.test_scores),
+            *_control_doubts(control),
+            *_int8_doubts(artifact, kernels, here),
+            *doubts,
+        ],
+    )
+
+
+# ------------------------------------------------------------------------------------------------ statistics
+
+
+def bootstrap_means(values: Sequence[float], seed: int = 0) -> np.ndarray:
+    """The means of `RESAMPLES` samples drawn from `values` with replacement, each as many as there are."""
+    data, rng = np.asarray(values, dtype=np.float64), np.random.default_rng(seed)
+    at_once = max(1, 4_000_000 // len(data))  # indices in memory
+    chunks = [min(at_once, RESAMPLES - begin) for begin in range(0, RESAMPLES, at_once)]
+    return np.concatenate([data[rng.integers(len(data), size=(rows, len(data)))].mean(axis=1) for rows in chunks])
+
+
+def mean_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float] | None:
+    """The 95 % interval of the mean (percentile bootstrap; Efron 1979), or None where there is but one value."""
+    if len(values) < 2:
+        return None
+    low, high = np.percentile(bootstrap_means(values, seed), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def drop_bounds(before: Sequence[float], after: Sequence[float], seed: int = 0) -> tuple[float | None, float]:
+    """The 95 % lower and upper bound, each by itself, of the mean of `before − after`, example by example.
+
+    A single pair has no bounds: the difference itself stands for the upper one.
+
+    >>> drop_bounds([0.9], [0.5])
+    (None, 0.4)
+    """
+    drops = np.subtract(before, after)
+    if len(drops) < 2:
+        return None, float(drops[0])
+    low, high = np.percentile(bootstrap_means(drops.tolist(), seed), [5, 95])
+    return float(low), float(high)
+
+
+def _quality(prefix: str, after: list[float] | None, before: list[float] | None, seed: int) -> dict[str, Any]:
+    """The fields of a measurement on one split; None where it was not scored."""
+    names = ("score", "score_low", "score_high", "drop", "drop_low", "drop_upper")
+    if after is None or before is None:
+        return {prefix + name: None for name in names}
+    low, high = mean_interval(after, seed) or (None, None)
+    drop = float(np.mean(np.subtract(before, after)))
+    values = (float(np.mean(after)), low, high, drop, *drop_bounds(before, after, seed))
+    return {prefix + name: value for name, value in zip(names, values, strict=True)}
+
+
+def _interval(name: str, interval: Interval | None) -> dict[str, Any]:
+    values = (None, None, None) if interval is None else (interval.median, interval.low, interval.high)
+    return dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------ the parts
+
+
+def timing_inputs(workload: Workload, batch: int) -> list[np.ndarray]:
+    """The example's first `batch` rows, repeated where it has fewer."""
+    if batch < 1:
+        raise WorkloadError(f"A batch of {batch} cannot be timed. Give a batch size of 1 or more.")
+    found = []
+    for value in tensors(workload.example):
+        array = value.detach().cpu().numpy()
+        found.append(np.ascontiguousarray(array[np.arange(batch) % len(array)]))
+    return found
+
+
+def shares(artifact: Artifact, inputs: Sequence[np.ndarray], threads: int) -> dict[str, float]:
+    """The share of its time that the runtime spends in each precision, by its own profile; empty where it has none."""
+    totals: dict[str, float] = {}
+    for kernel in targets.find(artifact.target).profile(artifact.folder, inputs, threads):
+        totals[kernel.precision] = totals.get(kernel.precision, 0.0) + kernel.latency_ms
+    whole = sum(totals.values())
+    return {precision: total / whole for precision, total in sorted(totals.items())} if whole > 0 else {}
+
+
+def file_bytes(model: nn.Module) -> int:
+    """The size of the file in which torch saves the network's weights."""
+    with tempfile.TemporaryDirectory(prefix="featherweight-") as folder:
+        path = Path(folder) / "weights.pt"
+        torch.save(model.state_dict(), path)
+        return path.stat().st_size
+
+
+def _effort(quick: bool) -> dict[str, Any]:
+    if quick:
+        return {"rounds": QUICK_ROUNDS, "round_seconds": QUICK_ROUND_SECONDS}
+    return {"rounds": ROUNDS, "round_seconds": ROUND_SECONDS}
+
+
+def _original(workload: Workload, batch: int, name: str) -> Subject:
+    if workload.source is not None:
+        return Subject(name, workload=workload.source)
+    inputs = like(workload.example, [torch.from_numpy(array) for array in timing_inputs(workload, batch)])
+
+    def run() -> object:
+        with torch.inference_mode():
+            return call(workload.model, inputs)
+
+    return Subject(name, run=run)
+
+
+def _scores_like(before: list[float], score: Score, predict: Predict, what: str) -> list[float]:
+    after = scores(score, predict, what).tolist()
+    if len(after) != len(before):
+        raise WorkloadError(
+            f"{what}(predict) returned {len(after)} values for the artifact and {len(before)} for the original, so "
+            "they cannot be compared example by example. Make it score the same examples every time, in the same order."
+        )
+    return after
+
+
+def _outputs_on_calibration(workload: Workload) -> list[tuple[Tensor, ...]]:
+    """The original's outputs on the first calibration batches: few enough to be kept in memory."""
+    found: list[tuple[Tensor, ...]] = []
+    kept = 0
+    for batch in workload.calibration[:FIDELITY_BATCHES]:
+        with torch.inference_mode():
+            values = outputs(call(workload.model, batch))
+        kept += sum(value.numel() for value in values)
+        if found and kept > FIDELITY_VALUES:
+            break
+        found.append(values)
+    return found
+
+
+def _fidelity(
+    originals: list[tuple[Tensor, ...]], predict: Predict, workload: Workload
+) -> tuple[dict[str, float | None], list[str]]:
+    """How well the artifact's outputs agree with the original's on calibration data, and doubts about it."""
+    error = norm = 0.0
+    equal = chosen = broken = 0
+    for batch, wanted in zip(workload.calibration, originals, strict=False):
+        for index, (a, b) in enumerate(zip(outputs(call(predict, batch)), wanted, strict=True)):
+            if index == 0 and b.is_floating_point() and b.shape[-1] > 1:
+                equal += int((a.argmax(-1) == b.argmax(-1)).sum())
+                chosen += b[..., 0].numel()
+            finite = b.isfinite()
+            difference = a[finite].double() - b[finite].double()
+            broken += int((~difference.isfinite()).sum())
+            error += float(difference.square().sum())
+            norm += float(b[finite].double().square().sum())
+    relative = None if broken else float(np.sqrt(error / norm)) if norm else float(np.sqrt(error))
+    agreement = equal / chosen if chosen else None
+    doubts = (
+        [f"{broken} outputs on calibration data are NaN or infinite, which the original's are not."] if broken else []
+    )
+    return {"agreement": agreement, "relative_error": relative}, doubts
+
+
+# ------------------------------------------------------------------------------------------------ doubts
+
+
+def _workload_doubts(workload: Workload, scored: Sequence[float], test: Sequence[float] | None) -> list[str]:
+    doubts = []
+    if workload.test_score is None:
+        doubts.append("The workload has no test_score, so the result is reported on the data that it was chosen on.")
+    for name, values in (("score", scored), ("test_score", test or [0.0] * FEW_EXAMPLES)):
+        if len(values) == 1:
+            doubts.append(f"{name} gives one number, not one per example, so its drop has no interval.")
+        elif len(values) < FEW_EXAMPLES:
+            unseen = 3 / len(values)  # the rule of three: what may happen to this share may well not happen at all
+            doubts.append(
+                f"{name} has {len(values)} examples: what befalls fewer than {unseen:.1%} of all inputs may go unseen."
+            )
+    if workload.source is None:
+        doubts.append(
+            "The original was timed in the measuring process, and its memory not measured: the workload has no file."
+        )
+    return doubts
+
+
+def _control_doubts(control: Interval) -> list[str]:
+    doubts = []
+    if control.high - control.low > NOISY:
+        doubts.append(
+            "The machine is noisy: the original against itself gives a ratio of "
+            f"{control.low:.2f} to {control.high:.2f}."
+        )
+    elif not control.low <= 1 <= control.high:
+        doubts.append(
+            f"Two processes with the original differ ({control.low:.3f} to {control.high:.3f}), so smaller ratios than "
+            "that mean nothing."
+        )
+    return doubts
+
+
+def _int8_doubts(artifact: Artifact, kernels: dict[str, float], here: dict[str, Any]) -> list[str]:
+    asked = artifact.manifest["int8_layers"]
+    doubts = []
+    if not kernels:
+        doubts.append(f"{artifact.target} gives no profile, so the precision in which it computes is unknown.")
+    elif asked and not kernels.get("int8"):
+        doubts.append(
+            f"{asked} layers were asked for in int8, but the profile of {artifact.target} shows no int8 kernel."
+        )
+    if asked and here["architecture"] not in ("x86_64", "AMD64"):
+        doubts.append(f"int8 was not tried by us on {here['architecture']} processors.")
+    elif asked and here["features"] is not None and not set(here["features"]) & set(INT8_FEATURES):
+        doubts.append("The processor has no instructions for int8 products (VNNI, AMX): others run int8 faster.")
+    return doubts
+
+
+# ------------------------------------------------------------------------------------------------ the machine
+
+
+def machine() -> dict[str, Any]:
+    """The processor, its cores, the memory and the load, as far as the system tells; no names of hosts or people."""
+    about = _read(Path("/proc/cpuinfo"))
+    name = re.search(r"^model name\s*:\s*(.+)$", about, re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", about, re.MULTILINE)
+    memory = re.search(r"^MemTotal:\s*(\d+) kB", _read(Path("/proc/meminfo")), re.MULTILINE)
+    wanted = ("avx2", "avx512f", "avx512_bf16", *INT8_FEATURES, "amx_bf16", "asimddp", "i8mm")
+    return {
+        "cpu": name.group(1).strip() if name else platform.processor() or "unknown",
+        "architecture": platform.machine(),
+        "system": platform.system(),
+        "cores": physical_cores(),
+        "features": [flag for flag in wanted if flag in flags.group(1).split()] if flags else None,
+        "memory_bytes": int(memory.group(1)) * 1024 if memory else None,
+        "load": round(os.getloadavg()[0], 2) if os.name == "posix" else None,
+    }
+
+
+def physical_cores() -> int:
+    """The processor cores that this process may use: not hyperthreads, and no more than a container's quota."""
+    if platform.system() != "Linux":
+        return os.cpu_count() or 1
+    allowed = os.sched_getaffinity(0)
+    siblings = {_read(Path(f"/sys/devices/system/cpu/cpu{i}/topology/thread_siblings_list")) or str(i) for i in allowed}
+    quota = re.match(r"(\d+) (\d+)", _read(Path("/sys/fs/cgroup/cpu.max")))
+    limit = max(1, int(quota.group(1)) // int(quota.group(2))) if quota else len(siblings)
+    return min(len(siblings), limit)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+# ------------------------------------------------------------------------------------------------ JSON
+
+
+def _fields(owner: type, text: str, without: Sequence[str] = ()) -> dict[str, Any]:
+    """The fields of a dataclass from JSON, of the types that it declares."""
+    wanted = {name: hint for name, hint in get_type_hints(owner).items() if name not in without}
+    again = "Measure again, with the version that is to read it."
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"This {owner.__name__.lower()} is not JSON: {str(error)[:200]}. {again}") from error
+    if not isinstance(found, dict) or found.keys() != wanted.keys():
+        differ = sorted(found.keys() ^ wanted.keys()) if isinstance(found, dict) else [type(found).__name__]
+        raise ArtifactError(
+            f"This is no {owner.__name__.lower()} of this version: fields differ ({', '.join(differ[:5])}). {again}"
+        )
+    for name, hint in wanted.items():
+        kinds = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        plain = tuple(dict if kind is Measurement else get_origin(kind) or kind for kind in kinds)
+        value = found[name]
+        if isinstance(value, bool) or not isinstance(value, (*plain, int) if float in plain else plain):
+            raise ArtifactError(f"This {owner.__name__.lower()} has a {type(value).__name__} for {name}. {again}")
+    return found

@@ -1,0 +1,878 @@
+"""The search: which recipe is tried next, and the loop that tries it.
+
+`next_recipe` is a pure function of what is known of the workload, the budget and the trials so far; the trials lie
+on disk as `trials/<digest>.json`, and are all the state there is. So a search that was killed goes on where it
+stopped, and the same scores lead to the same result.
+
+Three rungs, cheapest first. The network as it is on every target, and whole in int8: the better target is kept.
+Where int8 loses too much, int8 trained by distillation, int8 with ranges found while running, and weights alone in
+8 bits. Then a bisection over one knob, the share of channels that is removed, each candidate distilled and turned to
+numbers as the second rung found best. Whether a trial is accepted is decided on the search's own data; `test_score`
+is computed for the best alone, and only reported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import math
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from featherweight import passes, targets
+from featherweight.artifact import Artifact, build, open_artifact, write_text_atomic
+from featherweight.errors import ArtifactError, BudgetError, ExportError, FeatherweightError, LayerError, TargetError
+from featherweight.measure import Baseline, Measurement, baseline, measure, physical_cores
+from featherweight.passes import Pass
+from featherweight.recipe import Recipe, compress_model
+from featherweight.timing import keeping_originals
+from featherweight.workload import Batch, Workload, call, tensors
+from featherweight.workload import check as check_workload
+
+BASELINE, TRIALS, BEST, RESULT, RECIPE = (
+    "baseline.json",
+    "trials",
+    "best",
+    "result.json",
+    "recipe.yaml",
+)  # in the folder
+OBJECTIVES = {"latency": "latency_ms", "bytes": "bytes"}  # what is made small, and the field that says how small it is
+LARGEST_SHARE = 0.8  # of channels that may be removed: the bisection's upper end
+CANDIDATES = 5  # of the bisection: shares are found to LARGEST_SHARE / 2**5
+TRAINING_FLOP = 6e12  # of one candidate's distillation: under a minute on two cores
+FEWEST_STEPS, MOST_STEPS = 40, 1000  # of one candidate's distillation
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+# ------------------------------------------------------------------------------------------------ the budget
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may be lost, what may be spent, and what is made as small as that allows.
+
+    Args:
+        max_drop: of the score: a number, or a share of the original's score such as "2%".
+        max_bytes: of the artifact's files; None for no bound.
+        max_latency_ms: of one run; None for no bound.
+        objective: "latency" or "bytes".
+
+    >>> Budget("2%").allowed(0.9)
+    0.018
+    """
+
+    max_drop: float | str
+    max_bytes: int | None = None
+    max_latency_ms: float | None = None
+    objective: str = "latency"
+
+    def __post_init__(self) -> None:
+        share = isinstance(self.max_drop, str)
+        number = _number(str(self.max_drop).removesuffix("%")) if share else self.max_drop
+        if not isinstance(number, (int, float)) or (share and not str(self.max_drop).endswith("%")):
+            raise BudgetError(
+                f"max_drop={self.max_drop!r} is no number. Write how much of the score may be lost, such as 0.01, or a "
+                "share of the original's score, such as 2%."
+            )
+        if not (math.isfinite(number) and number >= 0):
+            raise BudgetError(
+                f"max_drop={self.max_drop} makes no sense: a budget is what may be lost of the score, zero or more. "
+                "Give such a number, 0.01 say."
+            )
+        for name in ("max_bytes", "max_latency_ms"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise BudgetError(f"{name}={value} cannot be met: it must be above zero. Raise it, or leave it out.")
+        if self.objective not in OBJECTIVES:
+            raise BudgetError(f"There is no objective {self.objective!r}. There are: {', '.join(OBJECTIVES)}.")
+
+    def allowed(self, score: float) -> float:
+        """How much the score may drop when the original's is `score`."""
+        if isinstance(self.max_drop, str):
+            return float(self.max_drop.removesuffix("%")) / 100 * abs(score)
+        return float(self.max_drop)
+
+    def cost(self, found: Measurement) -> float:
+        """What is made small."""
+        return float(getattr(found, OBJECTIVES[self.objective]))
+
+    def excess(self, found: Measurement) -> dict[str, float]:
+        """By how much each bound is exceeded, as a share of it; zero or less where it holds."""
+        allowed = self.allowed(found.original_score)
+        unit = max(allowed, 0.001 * abs(found.original_score), 1e-9)  # a bound of zero is no unit
+        over = {"max_drop": (found.drop_upper - allowed) / unit}
+        if self.max_bytes is not None:
+            over["max_bytes"] = found.bytes / self.max_bytes - 1
+        if self.max_latency_ms is not None:
+            over["max_latency_ms"] = found.latency_ms / self.max_latency_ms - 1
+        return over
+
+    def objection(self, found: Measurement) -> str:
+        """Why it is rejected, in a few words; empty where it is accepted."""
+        allowed = self.allowed(found.original_score)
+        words = {
+            "max_drop": f"the drop may be {found.drop_upper:.4g}, above {allowed:.4g}",
+            "max_bytes": f"{found.bytes:,} bytes, above {self.max_bytes or 0:,}",
+            "max_latency_ms": f"{found.latency_ms:.4g} ms, above {self.max_latency_ms or 0:.4g}",
+        }
+        return "; ".join(words[name] for name, over in self.excess(found).items() if over > 0)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+# ------------------------------------------------------------------------------------------------ trials
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One recipe, tried: what was measured of it, or why nothing could be."""
+
+    recipe: Recipe
+    measurement: Measurement | None
+    error: str = ""
+    seconds: Mapping[str, float] = field(default_factory=dict)  # by stage: passes, export, measure
+
+    def drop_fits(self, budget: Budget) -> bool:
+        """Whether it keeps enough of the score, whatever it weighs."""
+        return self.measurement is not None and budget.excess(self.measurement)["max_drop"] <= 0
+
+    def accepted(self, budget: Budget) -> bool:
+        """Whether it keeps to the whole budget."""
+        return self.measurement is not None and not budget.objection(self.measurement)
+
+
+def measurements(trials: Sequence[Trial]) -> list[Measurement]:
+    """Of those trials that did not fail."""
+    return [trial.measurement for trial in trials if trial.measurement is not None]
+
+
+def best_of(trials: Sequence[Trial], budget: Budget) -> Trial | None:
+    """The accepted trial that costs least, or None."""
+    accepted = [
+        (budget.cost(t.measurement), t.measurement.drop_upper, t)
+        for t in trials
+        if t.measurement and t.accepted(budget)
+    ]
+    return min(accepted, key=lambda item: item[:2])[2] if accepted else None
+
+
+def nearest(trials: Sequence[Trial], budget: Budget) -> Trial | None:
+    """The trial that exceeds the budget least, by the bound that it exceeds most; None where none was measured."""
+    over = [
+        (max(budget.excess(t.measurement).values()), budget.cost(t.measurement), t) for t in trials if t.measurement
+    ]
+    return min(over, key=lambda item: item[:2])[2] if over else None
+
+
+def frontier(found: Sequence[Measurement], budget: Budget) -> list[Measurement]:
+    """Those that no other beats both in cost and in drop, cheapest first."""
+    kept: list[Measurement] = []
+    for candidate in sorted(found, key=lambda m: (budget.cost(m), m.drop)):
+        if not kept or candidate.drop < kept[-1].drop:
+            kept.append(candidate)
+    return kept
+
+
+# ------------------------------------------------------------------------------------------------ the strategy
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the strategy knows of a workload.
+
+    Args:
+        targets: that may be used.
+        folds: whether there are batch norms to fold.
+        linear: whether there are linear layers.
+        epochs: how long a candidate is distilled.
+        multiples: by target, the number of which channel counts should be multiples.
+    """
+
+    targets: tuple[str, ...]
+    folds: bool
+    linear: bool
+    epochs: float
+    multiples: Mapping[str, int] = field(default_factory=dict)
+
+    def steps(self, *names: str | Pass, shape: Sequence[Pass] = ()) -> tuple[Pass, ...]:
+        """`shape`, then the fold where there is something to fold, then the passes named."""
+        fold = ("fold_batchnorm",) if self.folds else ()
+        return (*shape, *(step if isinstance(step, Pass) else _step(step) for step in (*fold, *names)))
+
+    @property
+    def distil(self) -> Pass:
+        """The distillation that every candidate gets."""
+        return _step("distill_soft", epochs=self.epochs)
+
+    def pruned(self, share: float, target: str) -> tuple[Pass, Pass]:
+        """Channels removed, and what is left trained."""
+        return _step("prune_channels", share=share, multiple=self.multiples.get(target, 8)), self.distil
+
+
+Plan = Generator[Recipe, Trial, None]
+Numbers = tuple[Pass, ...]  # the last steps of a recipe, which turn weights into numbers of few bits
+
+
+def next_recipe(facts: Facts, budget: Budget, trials: Sequence[Trial]) -> Recipe | None:
+    """What to try after `trials`, in whatever order they are given; None when there is nothing left."""
+    known = {trial.recipe.digest: trial for trial in trials}
+    course = plan(facts, budget)
+    try:
+        recipe = next(course)
+        while recipe.digest in known:
+            recipe = course.send(known[recipe.digest])
+    except StopIteration:
+        return None
+    return recipe
+
+
+def plan(facts: Facts, budget: Budget) -> Plan:
+    """The whole search, as it would go: yields recipes, and is sent what became of them."""
+    plain, static = {}, {}
+    for target in facts.targets:
+        plain[target] = yield Recipe(facts.steps(), target)
+    working = [target for target in facts.targets if plain[target].measurement]
+    for target in working:
+        static[target] = yield Recipe(facts.steps("quantize_static"), target)
+    if not working:
+        return
+    target = min(working, key=lambda name: _cost(static[name], plain[name], budget))
+    numbers = yield from _numbers(facts, budget, target, plain[target])
+    yield from _bisection(facts, budget, target, numbers)
+
+
+def expected(facts: Facts, done: int) -> int:
+    """How many trials there will be, about."""
+    return max(done + 1, 2 * len(facts.targets) + CANDIDATES)
+
+
+def share_to_try(tried: Sequence[tuple[float, bool]]) -> float | None:
+    """The next share of a bisection: more after what fitted, less after what did not; None when it is done.
+
+    >>> share_to_try([]), share_to_try([(0.4, True)]), share_to_try([(0.4, True), (0.6, False)])
+    (0.4, 0.6, 0.5)
+    """
+    if len(tried) >= CANDIDATES:
+        return None
+    low = max([share for share, fitted in tried if fitted], default=0.0)
+    high = min([share for share, fitted in tried if not fitted], default=LARGEST_SHARE)
+    return round((low + high) / 2, 4)
+
+
+def _numbers(facts: Facts, budget: Budget, target: str, plain: Trial) -> Generator[Recipe, Trial, Numbers]:
+    """The cheapest numbers whose loss the budget bears; none where it bears no loss."""
+    tried: list[tuple[Trial, Numbers]] = [(plain, ())]
+    for numbers in _rungs(facts, budget):
+        trial = yield Recipe(facts.steps(*numbers), target)
+        tried.append((trial, numbers))
+        if trial.drop_fits(budget):
+            break
+    return min(tried, key=lambda item: (not item[0].drop_fits(budget), _cost(item[0], item[0], budget)))[1]
+
+
+def _rungs(facts: Facts, budget: Budget) -> Iterator[Numbers]:
+    """Ways to turn the whole network to numbers, most promising first."""
+    if budget.objective == "bytes":
+        yield (_step("quantize_weights", bits=4, block=64),)
+    yield (_step("quantize_static"),)
+    yield (_step("quantize_static"), facts.distil)
+    if facts.linear:
+        yield (_step("quantize_dynamic"),)
+    yield (_step("quantize_weights"),)
+
+
+def _bisection(facts: Facts, budget: Budget, target: str, numbers: Numbers) -> Plan:
+    tried: list[tuple[float, bool]] = []
+    failed = 0
+    while (share := share_to_try(tried)) is not None:
+        trial = yield Recipe(facts.steps(*numbers, shape=facts.pruned(share, target)), target)
+        tried.append((share, trial.drop_fits(budget)))
+        failed += trial.measurement is None
+        if failed == len(tried) == 2:  # what cannot be pruned at two shares cannot at any
+            return
+
+
+def _cost(first: Trial, second: Trial, budget: Budget) -> float:
+    """Of the first that was measured; infinite where none was."""
+    found = first.measurement or second.measurement
+    return budget.cost(found) if found else math.inf
+
+
+def _step(name: str, **settings: Any) -> Pass:
+    return passes.build(name, settings, "the search")
+
+
+# ------------------------------------------------------------------------------------------------ facts of a workload
+
+
+def facts_of(workload: Workload, names: Sequence[str]) -> Facts:
+    """What the strategy has to know; nothing in it depends on time or chance."""
+    kinds = {type(module) for module in workload.model.modules()}
+    return Facts(
+        targets=tuple(names),
+        folds=bool(kinds & set(NORMS)) and _something_folds(workload, names[0]),
+        linear=nn.Linear in kinds,
+        epochs=_epochs(workload),
+        multiples={name: targets.find(name).width_multiple for name in names},
+    )
+
+
+def _something_folds(workload: Workload, target: str) -> bool:
+    try:
+        compress_model(Recipe((_step("fold_batchnorm"),), target), workload)
+    except LayerError:
+        return False
+    except FeatherweightError:
+        return True  # something else is wrong with it, and the first trial will say what
+    return True
+
+
+def _epochs(workload: Workload) -> float:
+    """So many that the training of one candidate takes TRAINING_FLOP, within bounds."""
+    data = workload.calibration if workload.train is None else workload.train
+    length = len(data) if isinstance(data, Sized) else sum(1 for _ in data)
+    first = next(iter(data), None)
+    if first is None or not length:
+        return 1.0  # distill_soft explains what is wrong with that
+    batch = workload.calibration[0]
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        call(workload.model, batch)
+    forward = counter.get_total_flops() / tensors(batch)[0].shape[0] * _batch_size(first)
+    steps = TRAINING_FLOP / max(4 * forward, 1.0)  # forward, backward twice that, and the teacher's forward
+    return float(f"{min(max(steps, FEWEST_STEPS), MOST_STEPS) / length:.2g}")
+
+
+def _batch_size(item: Any) -> int:
+    """Of a batch, or of a pair of a batch and its targets; 1 where it is neither, which distill_soft explains."""
+    while isinstance(item, (tuple, list, Mapping)) and item:
+        item = next(iter(item.values() if isinstance(item, Mapping) else item))
+    return int(item.shape[0]) if isinstance(item, Tensor) and item.dim() else 1
+
+
+def fingerprint(workload: Workload) -> str:
+    """16 hexadecimal digits that stand for the workload's file, the network's parameters and what it reads."""
+    digest = hashlib.sha256()
+    if workload.source is not None and (path := _source_file(workload.source)) is not None:
+        digest.update(path.read_bytes())
+    values: list[tuple[str, Tensor]] = [*workload.model.state_dict().items()]
+    for name, value in values:
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    digest.update(_described(workload.example).encode())
+    return digest.hexdigest()[:16]
+
+
+def _described(batch: Batch) -> str:
+    names = list(batch) if isinstance(batch, Mapping) else None
+    return str((names, [(value.dtype, tuple(value.shape[1:])) for value in tensors(batch)]))
+
+
+def _source_file(source: str) -> Path | None:
+    place = source.rpartition(":")[0]
+    if place.endswith(".py"):
+        return Path(place)
+    spec = importlib.util.find_spec(place)
+    return Path(spec.origin) if spec and spec.origin else None
+
+
+# ------------------------------------------------------------------------------------------------ progress
+
+
+class Progress:
+    """What a long run says of itself; this one keeps silent."""
+
+    def line(self, text: str) -> None:
+        """Something is done."""
+
+    def stage(self, text: str) -> None:
+        """Something begins."""
+
+    def count(self, done: int, total: int) -> None:
+        """So many trials are done of about so many."""
+
+
+class Stopwatch:
+    """Seconds by stage; a stage lasts until the next one begins."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.seconds: dict[str, float] = {}
+        self._progress, self._stage, self._begin = progress, "", 0.0
+
+    def __call__(self, text: str) -> None:
+        """The stage `2/4 distill_soft` or `export to openvino` begins; an empty text only ends the last one."""
+        now = time.monotonic()
+        if self._stage:
+            self.seconds[self._stage] = round(self.seconds.get(self._stage, 0.0) + now - self._begin, 3)
+        count, _, rest = text.partition(" ")
+        self._stage, self._begin = (rest if "/" in count else count), now
+        if text:
+            self._progress.stage(text)
+
+
+# ------------------------------------------------------------------------------------------------ the result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a search found.
+
+    Args:
+        verdict: "accepted", or "infeasible": then `best` is the nearest point.
+        binding: the bound that no trial met, or why nothing was measured; empty when accepted.
+        baseline: of the original.
+        best: measured fully and on `test_score` too, unless the search was interrupted.
+        frontier: the trials that none beats both in cost and in drop.
+        rejected: the others' digests, recipes and reasons, with what was measured of them.
+        seconds: where the time went, by stage.
+    """
+
+    verdict: str
+    budget: Budget
+    baseline: Measurement | None
+    best: Measurement | None
+    frontier: list[Measurement]
+    rejected: list[dict[str, Any]]
+    binding: str
+    interrupted: bool
+    seconds: dict[str, float]
+    folder: Path
+
+    def to_json(self) -> str:
+        """As `result.json` holds it."""
+        values = dataclasses.asdict(self)
+        del values["folder"]
+        return json.dumps(values, indent=1, allow_nan=False) + "\n"
+
+
+# ------------------------------------------------------------------------------------------------ the loop
+
+
+def compress(
+    workload: Workload,
+    budget: Budget,
+    folder: Path | str,
+    *,
+    targets: Sequence[str] = ("auto",),
+    threads: int | None = None,
+    batch: int = 1,
+    time_limit: float | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Result:
+    """The smallest or fastest artifact of the workload's network that keeps to the budget, in `folder`/best.
+
+    Ctrl-C (and SIGTERM) ends it with the best so far.
+
+    Args:
+        workload: never modified.
+        budget: what may be lost, and what is made small.
+        folder: new or empty, or that of a search which is to go on.
+        targets: their names, or ("auto",) for all that are installed.
+        threads: of the networks when they are timed; None for the processor's cores.
+        batch: of the inputs when they are timed.
+        time_limit: seconds after which nothing new is begun; None for none.
+        seed: of all chance.
+        resume: whether trials that lie in `folder` are taken over.
+        progress: told what goes on.
+
+    Raises:
+        BudgetError, TargetError, WorkloadError, ArtifactError: what is given does not fit; nothing was spent.
+        ExportError: not even the original can be put on any of the targets.
+    """
+    begin = time.monotonic()
+    names = check_targets(targets)
+    for name, value in (("threads", threads), ("batch", batch), ("time_limit", time_limit)):
+        if value is not None and not value > 0:
+            raise BudgetError(f"{name}={value} makes no sense: give a number above zero.")
+    check_folder(Path(folder), resume)
+    check_workload(workload)
+    settings = Settings(seed, physical_cores() if threads is None else threads, batch, fingerprint(workload))
+    search = _Search(workload, budget, Path(folder), settings, progress or Progress())
+    interrupted = False
+    with _interruptible(), keeping_originals():
+        try:
+            search.run(names, math.inf if time_limit is None else begin + time_limit)
+        except KeyboardInterrupt:
+            interrupted = True
+        best = None
+        if not interrupted:
+            try:
+                best = search.final()
+            except KeyboardInterrupt:
+                interrupted = True
+        return search.save(best or search.candidate(), interrupted)
+
+
+def check_targets(names: Sequence[str]) -> tuple[str, ...]:
+    """The targets meant, all of them installed.
+
+    Raises:
+        TargetError: one is unknown or not installed; the message says what to do.
+    """
+    if tuple(names) == ("auto",):
+        found = targets.installed()
+        if not found:
+            raise TargetError(
+                "No target is installed, so there is nothing to compress for. "
+                "Install one, for instance with: pip install 'featherweight[openvino]'."
+            )
+        return found
+    for name in names:
+        targets.find(name)
+    return tuple(dict.fromkeys(names))
+
+
+def check_folder(folder: Path, resume: bool) -> None:
+    """Raises an ArtifactError unless a search may write there: `folder` is new or empty, or `resume` is wanted."""
+    if folder.exists() and not folder.is_dir():
+        raise ArtifactError(f"{folder} is a file, where a folder is needed for the results. Choose another name.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        used = any(folder.iterdir())
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ArtifactError(
+            f"{folder} cannot be written: {error.strerror}. Choose a folder that may be written."
+        ) from error
+    if used and not resume:
+        raise ArtifactError(
+            f"{folder} is not empty, and what is there is not overwritten. Go on with the search that it holds with "
+            "--resume (resume=True), or choose another folder."
+        )
+    if used and not (folder / BASELINE).exists() and not (folder / TRIALS).is_dir():
+        raise ArtifactError(f"{folder} holds files, but no search to go on with. Choose another folder.")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a trial depends on beside its recipe."""
+
+    seed: int
+    threads: int
+    batch: int
+    fingerprint: str
+
+    def digest(self, recipe: Recipe) -> str:
+        """16 hexadecimal digits that stand for a trial."""
+        return hashlib.sha256(json.dumps([recipe.digest, *dataclasses.astuple(self)]).encode()).hexdigest()[:16]
+
+
+class _Search:
+    """The trials in a folder, and the means to make more of them."""
+
+    def __init__(
+        self, workload: Workload, budget: Budget, folder: Path, settings: Settings, progress: Progress
+    ) -> None:
+        self.workload, self.budget, self.folder, self.settings = workload, budget, folder, settings
+        self.progress, self.watch = progress, Stopwatch(progress)
+        self.original: Baseline | None = None
+        self.trials = self._stored_trials()
+        self.late = False
+
+    # ---- what lies on disk
+
+    def _stored_trials(self) -> list[Trial]:
+        """Those of earlier runs with the same settings, oldest first."""
+        (self.folder / TRIALS).mkdir(exist_ok=True)
+        for stale in (self.folder / TRIALS).glob(".*.partial"):  # of a run that was killed
+            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+        found = []
+        for settings, trial in read_trials(self.folder):
+            self._check_fingerprint(settings.fingerprint)
+            if settings == self.settings:
+                found.append(trial)
+        return found
+
+    def _store(self, trial: Trial) -> None:
+        found = trial.measurement
+        record = {
+            "digest": self.settings.digest(trial.recipe),
+            "recipe": trial.recipe.to_yaml(),
+            "target": trial.recipe.target,
+            **dataclasses.asdict(self.settings),
+            "seconds": dict(trial.seconds),
+            "measurement": None if found is None else dataclasses.asdict(found),
+            "error": trial.error or None,
+        }
+        text = json.dumps(record, indent=1, allow_nan=False) + "\n"
+        write_text_atomic(self.folder / TRIALS / f"{record['digest']}.json", text)
+
+    def _check_fingerprint(self, found: str) -> None:
+        if found != self.settings.fingerprint:
+            raise BudgetError(
+                f"{self.folder} holds the search of another workload: its file, or the network's parameters, have "
+                "changed since. Choose another folder, or give the workload as it was."
+            )
+
+    def _measured_original(self) -> Baseline:
+        """From disk where it lies there, for the same settings."""
+        path = self.folder / BASELINE
+        key = {name: value for name, value in dataclasses.asdict(self.settings).items() if name != "seed"}
+        if path.exists():
+            stored = read_json(path)
+            self._check_fingerprint(stored.get("fingerprint", ""))
+            if all(stored.get(name) == value for name, value in key.items()):
+                return Baseline.from_json(json.dumps(stored["baseline"]), self.workload)
+        self.watch("baseline")
+        seed = self.settings.seed
+        found = baseline(self.workload, threads=self.settings.threads, batch=self.settings.batch, seed=seed)
+        write_text_atomic(path, json.dumps({**key, "baseline": json.loads(found.to_json())}, indent=1) + "\n")
+        return found
+
+    # ---- trying
+
+    def run(self, names: Sequence[str], deadline: float) -> None:
+        """Tries one recipe after the other, until there is none left or no time for the next."""
+        self.original = self._measured_original()
+        self.progress.line(f"the original: {figures(self.original.measurement)}")
+        self.watch("facts")
+        facts = facts_of(self.workload, names)
+        while (recipe := next_recipe(facts, self.budget, self.trials)) is not None:
+            self.progress.count(len(self.trials), expected(facts, len(self.trials)))
+            if time.monotonic() + self._seconds(recipe) + self._seconds_of_final() > deadline:
+                self.late = True
+                self.progress.line("the time limit leaves no room for another trial")
+                return
+            trial = self._try(recipe)
+            self._store(trial)
+            self.trials.append(trial)
+            self.progress.line(self._told(trial))
+        if not measurements(self.trials):
+            raise ExportError(
+                f"The network can be put on none of {', '.join(names)}, even uncompressed. The first said: "
+                f"{self.trials[0].error}"
+            )
+        self.progress.count(len(self.trials), len(self.trials))
+
+    def _try(self, recipe: Recipe) -> Trial:
+        watch = Stopwatch(self.progress)
+        try:
+            artifact = self._built(recipe, watch)
+            watch("measure")
+            found, error = self._measured(artifact, quick=True), ""
+        except (MemoryError, OSError):
+            raise
+        except Exception as problem:
+            if isinstance(problem.__cause__, OSError):  # the disk is full, say: the next trial would fail as well
+                raise
+            known = isinstance(problem, FeatherweightError)
+            found, error = None, str(problem) if known else f"{type(problem).__name__}: {problem}"
+        finally:
+            watch("")
+            for stage, seconds in watch.seconds.items():
+                self.watch.seconds[stage] = round(self.watch.seconds.get(stage, 0.0) + seconds, 3)
+        return Trial(recipe, found, error, watch.seconds)
+
+    def _built(self, recipe: Recipe, watch: Stopwatch) -> Artifact:
+        """Its artifact: from disk where it lies there whole, else made anew."""
+        place = self._place(recipe)
+        for folder in (place, self.folder / BEST):
+            with contextlib.suppress(ArtifactError):
+                there = open_artifact(folder)
+                if there.digest == recipe.digest and there.manifest["seed"] == self.settings.seed:
+                    return there
+        shutil.rmtree(place, ignore_errors=True)
+        return build(recipe, self.workload, place, self.settings.seed, progress=watch)
+
+    def _place(self, recipe: Recipe) -> Path:
+        return self.folder / TRIALS / self.settings.digest(recipe)
+
+    def _measured(self, artifact: Artifact, quick: bool, runtime: Artifact | None = None) -> Measurement:
+        assert self.original is not None
+        return measure(
+            artifact,
+            self.workload,
+            self.original,
+            threads=self.settings.threads,
+            batch=self.settings.batch,
+            runtime=runtime,
+            test=not quick,
+            quick=quick,
+            seed=self.settings.seed,
+        )
+
+    def _seconds(self, recipe: Recipe) -> float:
+        """How long a trial will take, from how long its stages took before; unknown ones count nothing."""
+        stages = [*(step.name() for step in recipe.steps), "export", "measure"]
+        return sum(
+            max((t.seconds.get(stage, 0.0) for t in self.trials), default=0.0) for stage in dict.fromkeys(stages)
+        )
+
+    def _seconds_of_final(self) -> float:
+        return 2 * max((trial.seconds.get("measure", 0.0) for trial in self.trials), default=0.0)
+
+    def _told(self, trial: Trial) -> str:
+        passes_, target = in_words(trial.recipe), trial.recipe.target
+        if trial.measurement is None:
+            return f"{passes_} on {target}: failed: {trial.error}"
+        objection = self.budget.objection(trial.measurement)
+        took = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in trial.seconds.items())
+        return (
+            f"{passes_} on {target}: {figures(trial.measurement)}: "
+            f"{f'rejected ({objection})' if objection else 'accepted'} [seconds: {took}]"
+        )
+
+    # ---- ending
+
+    def candidate(self) -> Trial | None:
+        """The best so far, or the nearest to the budget where none is accepted."""
+        return best_of(self.trials, self.budget) or nearest(self.trials, self.budget)
+
+    def final(self) -> Trial | None:
+        """The candidate, measured fully; one that no longer keeps to the budget makes way for the next."""
+        while (chosen := self.candidate()) is not None:
+            self.watch("final measurement")
+            artifact = self._built(chosen.recipe, Stopwatch(self.progress))
+            found = self._measured(artifact, quick=False, runtime=self._best_runtime())
+            self.watch("")
+            certain = dataclasses.replace(chosen, measurement=found)
+            self.trials[self.trials.index(chosen)] = certain
+            if certain.accepted(self.budget) or not chosen.accepted(self.budget):
+                return certain
+        return None
+
+    def _best_runtime(self) -> Artifact | None:
+        """The fastest artifact that is not compressed."""
+        plain = [
+            t for t in self.trials if t.measurement and all(step.name() == "fold_batchnorm" for step in t.recipe.steps)
+        ]
+        if not plain:
+            return None
+        fastest = min(plain, key=lambda t: t.measurement.latency_ms if t.measurement else math.inf)
+        return self._built(fastest.recipe, Stopwatch(self.progress))
+
+    def save(self, best: Trial | None, interrupted: bool) -> Result:
+        """Writes what was found; of the artifacts only the best one's stays."""
+        self.watch("")
+        accepted = best is not None and best.accepted(self.budget)
+        found = measurements(self.trials)
+        result = Result(
+            verdict="accepted" if accepted else "infeasible",
+            budget=self.budget,
+            baseline=self.original.measurement if self.original else None,
+            best=best.measurement if best else None,
+            frontier=frontier(found, self.budget),
+            rejected=[self._rejection(trial) for trial in self.trials if not trial.accepted(self.budget)],
+            binding="" if accepted else self._binding(best, interrupted),
+            interrupted=interrupted,
+            seconds=self.watch.seconds,
+            folder=self.folder,
+        )
+        if best is not None:
+            self._keep(best.recipe)
+        write_text_atomic(self.folder / RESULT, result.to_json())
+        for leftover in (self.folder / TRIALS).iterdir():
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+        return result
+
+    def _rejection(self, trial: Trial) -> dict[str, Any]:
+        measured = {} if trial.measurement is None else dataclasses.asdict(trial.measurement)
+        objection = "" if trial.measurement is None else self.budget.objection(trial.measurement)
+        recipe = {"digest": trial.recipe.digest, "recipe": trial.recipe.to_yaml(), "target": trial.recipe.target}
+        return {**recipe, **measured, "reason": trial.error or objection}
+
+    def _binding(self, best: Trial | None, interrupted: bool) -> str:
+        if best is None or best.measurement is None:
+            return "interrupted" if interrupted else "time_limit"
+        over = self.budget.excess(best.measurement)
+        return max(over, key=lambda name: over[name])
+
+    def _keep(self, recipe: Recipe) -> None:
+        """Its artifact becomes `best`, and its text `recipe.yaml`."""
+        source, best = self._place(recipe), self.folder / BEST
+        if source.is_dir():
+            fresh = self.folder / f".{BEST}.partial"
+            shutil.rmtree(fresh, ignore_errors=True)
+            shutil.copytree(source, fresh)
+            shutil.rmtree(best, ignore_errors=True)
+            fresh.rename(best)
+        write_text_atomic(self.folder / RECIPE, recipe.to_yaml())
+
+
+def read_trials(folder: Path) -> list[tuple[Settings, Trial]]:
+    """The trials that lie in `folder`, oldest first, each with what it depends on beside its recipe.
+
+    Raises:
+        ArtifactError: one cannot be read.
+    """
+    found = []
+    for path in sorted((folder / TRIALS).glob("*.json"), key=lambda p: (p.stat().st_mtime_ns, p.name)):
+        stored = read_json(path)
+        try:
+            settings = Settings(**{f.name: stored[f.name] for f in dataclasses.fields(Settings)})
+            measured = stored["measurement"]
+            trial = Trial(
+                recipe=Recipe.from_yaml(stored["recipe"], str(path)),
+                measurement=None if measured is None else Measurement.from_json(json.dumps(measured)),
+                error=stored["error"] or "",
+                seconds={str(stage): float(seconds) for stage, seconds in stored["seconds"].items()},
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, FeatherweightError) as error:
+            raise ArtifactError(f"{path} is no trial of this version ({error}). Delete it, and resume.") from error
+        found.append((settings, trial))
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a file of a search holds."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path} cannot be read ({str(error)[:200]}). Delete it, and resume.") from error
+    if not isinstance(found, dict):
+        raise ArtifactError(f"{path} holds no JSON object. Delete it, and resume.")
+    return found
+
+
+def in_words(recipe: Recipe) -> str:
+    """The recipe in a few words: `prune_channels 0.4 + distill_soft + quantize_static`."""
+    words = [
+        f"{step.name()} {step.settings()['share']:g}" if "share" in step.settings() else step.name()
+        for step in recipe.steps
+    ]
+    return " + ".join(words) or "as it is"
+
+
+def figures(found: Measurement) -> str:
+    """The most important of a measurement on one line."""
+    drop = "" if found.digest == "original" else f" (drop at most {found.drop_upper:.4f})"
+    return f"score {found.score:.4f}{drop}, {found.bytes / 1e6:.2f} MB, {found.latency_ms:.3g} ms"
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Inside the block SIGTERM does what Ctrl-C does, where signals can be caught at all."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
