@@ -434,7 +434,7 @@ def _dims(call: Call, name: str) -> list[int]:
 
 def _over_pixels(call: Call) -> Any:
     """Pooling and resizing: the last one, two or three dimensions, as the name says, change; the others pass."""
-    x = call.known[call.node.args[0]]
+    x = call.known[call.node.all_input_nodes[0]]
     at = len(x) - next(int(letter) for letter in call.name if letter.isdigit())
     call.freeze(x[at:])
     out = (*x[:at], *map(fixed, call.shape[at:]))
@@ -527,7 +527,7 @@ def _index(call: Call) -> Labels:
 
 @rule("getitem")
 def _getitem(call: Call) -> Labels:
-    return call.known[call.node.args[0]][call.node.args[1]]
+    return call.known[call["0"]][call["1"]]
 
 
 @rule("glu")

@@ -19,8 +19,10 @@ import hashlib
 import importlib.util
 import json
 import math
+import re
 import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence, Sized
@@ -408,6 +410,9 @@ class Progress:
     def count(self, done: int, total: int) -> None:
         """So many trials are done of about so many."""
 
+    def close(self) -> None:
+        """There is no more to say."""
+
 
 class Stopwatch:
     """Seconds by stage; a stage lasts until the next one begins."""
@@ -421,8 +426,7 @@ class Stopwatch:
         now = time.monotonic()
         if self._stage:
             self.seconds[self._stage] = round(self.seconds.get(self._stage, 0.0) + now - self._begin, 3)
-        count, _, rest = text.partition(" ")
-        self._stage, self._begin = (rest if "/" in count else count), now
+        self._stage, self._begin = re.sub(r"^\d+/\d+ | to \w+$", "", text), now
         if text:
             self._progress.stage(text)
 
@@ -543,18 +547,7 @@ def check_targets(names: Sequence[str]) -> tuple[str, ...]:
 
 def check_folder(folder: Path, resume: bool) -> None:
     """Raises an ArtifactError unless a search may write there: `folder` is new or empty, or `resume` is wanted."""
-    if folder.exists() and not folder.is_dir():
-        raise ArtifactError(f"{folder} is a file, where a folder is needed for the results. Choose another name.")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        used = any(folder.iterdir())
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ArtifactError(
-            f"{folder} cannot be written: {error.strerror}. Choose a folder that may be written."
-        ) from error
+    used = check_writable(folder)
     if used and not resume:
         raise ArtifactError(
             f"{folder} is not empty, and what is there is not overwritten. Go on with the search that it holds with "
@@ -562,6 +555,25 @@ def check_folder(folder: Path, resume: bool) -> None:
         )
     if used and not (folder / BASELINE).exists() and not (folder / TRIALS).is_dir():
         raise ArtifactError(f"{folder} holds files, but no search to go on with. Choose another folder.")
+
+
+def check_writable(folder: Path) -> bool:
+    """Makes `folder` where there is none; whether there is something in it.
+
+    Raises:
+        ArtifactError: it is no folder, or cannot be written.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ArtifactError(f"{folder} is a file, where a folder is needed for the results. Choose another name.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        used = any(folder.iterdir())
+        with tempfile.TemporaryFile(dir=folder):
+            return used
+    except OSError as error:
+        raise ArtifactError(
+            f"{folder} cannot be written: {error.strerror}. Choose a folder that may be written."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -648,6 +660,7 @@ class _Search:
         self.progress.line(f"the original: {figures(self.original.measurement)}")
         self.watch("facts")
         facts = facts_of(self.workload, names)
+        self.watch("")
         while (recipe := next_recipe(facts, self.budget, self.trials)) is not None:
             self.progress.count(len(self.trials), expected(facts, len(self.trials)))
             if time.monotonic() + self._seconds(recipe) + self._seconds_of_final() > deadline:

@@ -87,7 +87,8 @@ def check(owner: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
     {'share': 0.0}
     >>> check(Prune, {"share": 2.0}, "step 1")
     Traceback (most recent call last):
-    featherweight.errors.SettingError: step 1: share=2.0 is out of range: it takes 0 to 0.95. Change it to a value in that range.
+    featherweight.errors.SettingError: step 1: share=2.0 is out of range: it takes 0 to 0.95.
+        Change it to a value in that range.
     """
     known = settings_of(owner)
     checked = {}
@@ -99,8 +100,11 @@ def check(owner: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _checked_value(setting: Setting, value: Any, where: str) -> Any:
-    if setting.type is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+    if setting.type is float and type(value) is int:
+        try:
+            value = float(value)
+        except OverflowError:
+            value = math.inf
     if type(value) is not setting.type:
         raise SettingError(
             f"{where}: {setting.name}={value!r} is a {type(value).__name__}, but it takes a "
@@ -115,8 +119,8 @@ def _checked_value(setting: Setting, value: Any, where: str) -> Any:
     return value
 
 
-def _suggestion(name: str, known: Mapping[str, Setting]) -> str:
-    close = get_close_matches(name, known, 1)
+def _suggestion(name: object, known: Mapping[str, Setting]) -> str:
+    close = get_close_matches(str(name), known, 1)  # a key in YAML may be a number or null
     if close:
         return f" Did you mean {close[0]!r}?"
     return f" It takes: {', '.join(known)}." if known else " It takes none."

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -71,9 +70,8 @@ def input_names(model: nn.Module, example: Batch) -> tuple[str, ...]:
     """One name per tensor: the keys of a dict, or the parameters of `model.forward`."""
     if isinstance(example, Mapping):
         return tuple(example)
-    parameters = [
-        p.name for p in inspect.signature(model.forward).parameters.values() if p.kind is not p.VAR_POSITIONAL
-    ]
+    taken = inspect.signature(model.forward).parameters.values()
+    parameters = [p.name for p in taken if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     return tuple(parameters[i] if i < len(parameters) else f"input{i}" for i in range(len(example)))
 
 
@@ -137,8 +135,9 @@ def scores(score: Score, predict: Predict, what: str = "score") -> Tensor:
 
 def load(spec: str) -> Workload:
     """The workload behind `file.py`, `file.py:name` or `pkg.mod:name` (the name defaults to `workload`)."""
-    path, _, name = spec.partition(":") if not _is_drive(spec) else (spec, "", "")
-    name = name or "workload"
+    drive = spec[:2] if len(spec) > 2 and spec[1] == ":" and spec[2] in "\\/" else ""
+    path, _, name = spec.removeprefix(drive).partition(":")
+    path, name = drive + path, name or "workload"
     module = _module_from_file(Path(path), spec) if path.endswith(".py") else _module_by_name(path, spec)
     if not hasattr(module, name):
         defined = sorted(key for key, value in vars(module).items() if inspect.isfunction(value) and key[0] != "_")
@@ -165,17 +164,10 @@ def load(spec: str) -> Workload:
     return loaded
 
 
-def _is_drive(spec: str) -> bool:
-    return len(spec) > 2 and spec[1] == ":" and spec[2] in "\\/"
-
-
 def _module_from_file(path: Path, spec: str) -> Any:
     if not path.is_file():
         raise WorkloadError(f"There is no file {path}. Give the path of a Python file that defines workload().")
-    # The folder joins the path, as it does for `python file.py`, so that a workload may import its neighbours.
-    folder = str(path.resolve().parent)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
+    _join_path(path.resolve().parent)  # as for `python file.py`, so that a workload may import its neighbours
     module_spec = importlib.util.spec_from_file_location(f"featherweight_workload_{path.stem}", path)
     assert module_spec is not None and module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
@@ -184,7 +176,13 @@ def _module_from_file(path: Path, spec: str) -> Any:
 
 
 def _module_by_name(name: str, spec: str) -> Any:
+    _join_path(Path.cwd())  # as for `python -m name`; the installed command would not find it otherwise
     return _executed(lambda: importlib.import_module(name), spec)
+
+
+def _join_path(folder: Path) -> None:
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
 
 
 def _executed(run: Callable[[], Any], spec: str) -> Any:
@@ -201,7 +199,12 @@ def check(workload: Workload) -> None:
     """Raises a WorkloadError that says what is wrong; silent when the contract holds."""
     _check_model(workload.model)
     _check_batch(workload.example, "example")
-    if not len(workload.calibration):
+    if not isinstance(workload.calibration, Sequence):
+        raise WorkloadError(
+            f"calibration is a {type(workload.calibration).__name__}, but it is read more than once and by position. "
+            "Give a list of batches, of a loader the first few: list(itertools.islice(loader, 8))."
+        )
+    if not workload.calibration:
         raise WorkloadError(
             "calibration is empty, but ranges and importances are measured on it. "
             "Give a few unlabelled batches like example, some hundred inputs in all."
@@ -277,7 +280,7 @@ def _check_forward(workload: Workload) -> None:
                 f"Output {index} of the model has shape {tuple(output.shape)} for a batch of {size}: dim 0 must be "
                 "the batch. Return per-example outputs."
             )
-        if output.is_floating_point() and not math.isfinite(output.float().abs().max().item()):
+        if not bool(torch.isfinite(output).all()):
             raise WorkloadError(
                 f"Output {index} of the model is NaN or infinite on calibration[0]. Mend the network or the data first."
             )
