@@ -29,8 +29,8 @@ class MiniLM(nn.Module):
         self.head = nn.Linear(config.hidden_size, 2)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        # One sentence has one segment, number 0. Left to itself BertModel gathers the zeros from a buffer, which the ONNX
-        # exporter tries in vain to fold, and says so twice.
+        # One sentence has one segment, number 0. Left to itself BertModel gathers the zeros from a buffer, which the
+        # ONNX exporter tries in vain to fold, and says so twice.
         segments = torch.zeros_like(input_ids)
         hidden = self.bert(input_ids, attention_mask, token_type_ids=segments).last_hidden_state
         kept = attention_mask.unsqueeze(-1).to(hidden.dtype)

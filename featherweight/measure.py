@@ -436,12 +436,16 @@ def _outputs_on_calibration(workload: Workload) -> list[tuple[Tensor, ...]]:
 def _fidelity(
     originals: list[tuple[Tensor, ...]], predict: Predict, workload: Workload
 ) -> tuple[dict[str, float | None], list[str]]:
-    """How well the artifact's outputs agree with the original's on calibration data, and doubts about it."""
+    """How well the artifact's outputs agree with the original's on calibration data, and doubts about it.
+
+    `relative_error` is the norm of all differences over the norm of the original's outputs; `agreement` the share of
+    rows of the first output whose largest value is in the same place, None where it has no rows of several values.
+    """
     error = norm = 0.0
     equal = chosen = broken = 0
     for batch, wanted in zip(workload.calibration, originals, strict=False):
         for index, (a, b) in enumerate(zip(outputs(call(predict, batch)), wanted, strict=True)):
-            if index == 0 and b.is_floating_point() and b.shape[-1] > 1:
+            if index == 0 and b.is_floating_point() and b.dim() in (2, 3) and b.shape[-1] > 1:
                 equal += int((a.argmax(-1) == b.argmax(-1)).sum())
                 chosen += b[..., 0].numel()
             finite = b.isfinite()

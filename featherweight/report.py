@@ -313,19 +313,22 @@ def before_and_after(original: Measurement, best: Measurement) -> Table:
         value, low, high = (getattr(found, f"{prefix}score{ending}") for ending in ("", "_low", "_high"))
         return interval(value, low, high, points)
 
+    def ratio(found: Measurement, prefix: str) -> str:
+        value, low, high = (getattr(found, f"{prefix}_ratio{ending}") for ending in ("", "_low", "_high"))
+        return interval(value, low, high)
+
     rows = [
         ["score", scored(original, ""), scored(best, "")],
         ["score on test data", scored(original, "test_"), scored(best, "test_")],
         ["size of files", size(best.original_bytes), size(best.bytes)],
         ["stored weights", f"{best.original_parameters:,}", f"{best.parameters:,}"],
         ["latency", f"{number(best.original_latency_ms)} ms", f"{number(best.latency_ms)} ms"],
-        ["latency of the original over this", interval(best.control_ratio, best.control_ratio_low, best.control_ratio_high),
-         interval(best.latency_ratio, best.latency_ratio_low, best.latency_ratio_high)],
-        ["latency of the best fp32 runtime over this", "–",
-         interval(best.versus_runtime_ratio, best.versus_runtime_ratio_low, best.versus_runtime_ratio_high)],
+        ["latency of the original over this", ratio(best, "control"), ratio(best, "latency")],
+        ["latency of the best fp32 runtime over this", "–", ratio(best, "versus_runtime")],
         ["peak memory", size(best.original_peak_rss_bytes), size(best.peak_rss_bytes)],
         ["outputs that agree", "100 %", _percent(best.fidelity.get("agreement"))],
     ]  # fmt: skip
+    rows = [row for row in rows if row[2] != "–"]
     title = f"Before and after: batch {best.batch}, {best.threads} threads, 95 % intervals in brackets"
     return Table(title, ["", "original", f"best, on {best.target}"], rows, frozenset({1, 2}))
 
@@ -558,16 +561,16 @@ table{border-collapse:collapse;width:100%;font-size:.9rem}
 caption{text-align:left;padding-bottom:.4rem}
 th,td{text-align:left;vertical-align:top;padding:.4rem .75rem .4rem 0;border-bottom:1px solid var(--line)}
 thead th{color:var(--soft);font-weight:600}
-tbody th{font-weight:400}
+tbody th{font-weight:400;min-width:8.5rem}
 .number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-td:not(.number){min-width:8rem;overflow-wrap:anywhere}
+td:not(.number){min-width:8.5rem;overflow-wrap:anywhere}
 td span{white-space:nowrap;font-weight:600}
 .best,.accepted{color:var(--good)}.rejected,.failed{color:var(--bad)}
 pre{overflow-x:auto}
 figure{margin:0}
 summary{cursor:pointer}
 svg{display:block;width:100%;min-width:34rem;height:auto;font:13px system-ui,sans-serif}
-svg text{fill:var(--ink)}svg .soft{fill:var(--soft)}
+svg text{fill:var(--ink);stroke:none!important}svg .soft{fill:var(--soft)}
 svg .grid{stroke:var(--line)}svg .limit{stroke:var(--bad);stroke-dasharray:5 4}svg .shade{fill:var(--shade)}
 svg .frontier{stroke:var(--soft);fill:none;stroke-width:1.5}
 svg .accepted,svg .best{fill:var(--good);stroke:var(--good)}svg .rejected{fill:var(--bad);stroke:var(--bad)}
@@ -695,8 +698,8 @@ def _axes(x: Scale, y: Scale, objective: str) -> Iterator[Markup]:
     for value in ticks(y.low, y.high, log=True):
         yield _line(LEFT, y(value), WIDTH - RIGHT, y(value), "grid")
         yield _text(LEFT - 8, y(value) + 4, f"{value:,g}", "soft", "end")
-    yield _text(middle, HEIGHT - 14, "drop of the score →", "", "middle")
-    name = "latency, ms →" if objective == "latency" else "size, MB →"
+    yield _text(middle, HEIGHT - 14, "drop of the score", "", "middle")
+    name = "latency in ms" if objective == "latency" else "size in MB"
     yield element("text", name, transform=f"translate(18 {(TOP + floor) / 2}) rotate(-90)", text_anchor="middle")
 
 

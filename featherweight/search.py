@@ -72,8 +72,8 @@ class Budget:
         max_latency_ms: of one run; None for no bound.
         objective: "latency" or "bytes".
 
-    >>> Budget("2%").allowed(0.9)
-    0.018
+    >>> Budget("2%").allowed(0.5)
+    0.01
     """
 
     max_drop: float | str
@@ -616,20 +616,6 @@ class _Search:
                 found.append(trial)
         return found
 
-    def _store(self, trial: Trial) -> None:
-        found = trial.measurement
-        record = {
-            "digest": self.settings.digest(trial.recipe),
-            "recipe": trial.recipe.to_yaml(),
-            "target": trial.recipe.target,
-            **dataclasses.asdict(self.settings),
-            "seconds": dict(trial.seconds),
-            "measurement": None if found is None else dataclasses.asdict(found),
-            "error": trial.error or None,
-        }
-        text = json.dumps(record, indent=1, allow_nan=False) + "\n"
-        write_text_atomic(self.folder / TRIALS / f"{record['digest']}.json", text)
-
     def _check_fingerprint(self, found: str) -> None:
         if found != self.settings.fingerprint:
             raise BudgetError(
@@ -668,7 +654,7 @@ class _Search:
                 self.progress.line("the time limit leaves no room for another trial")
                 return
             trial = self._try(recipe)
-            self._store(trial)
+            write_trial(self.folder, self.settings, trial)
             self.trials.append(trial)
             self.progress.line(self._told(trial))
         if not measurements(self.trials):
@@ -822,6 +808,21 @@ class _Search:
             shutil.rmtree(best, ignore_errors=True)
             fresh.rename(best)
         write_text_atomic(self.folder / RECIPE, recipe.to_yaml())
+
+
+def write_trial(folder: Path, settings: Settings, trial: Trial) -> None:
+    """Puts the trial where `read_trials` finds it, all at once."""
+    found, digest = trial.measurement, settings.digest(trial.recipe)
+    record = {
+        "digest": digest,
+        "recipe": trial.recipe.to_yaml(),
+        "target": trial.recipe.target,
+        **dataclasses.asdict(settings),
+        "seconds": dict(trial.seconds),
+        "measurement": None if found is None else dataclasses.asdict(found),
+        "error": trial.error or None,
+    }
+    write_text_atomic(folder / TRIALS / f"{digest}.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
 
 
 def read_trials(folder: Path) -> list[tuple[Settings, Trial]]:

@@ -43,9 +43,9 @@ THREAD_VARIABLES = (
     "VECLIB_MAXIMUM_THREADS",
 )
 PINNED = {"OMP_DYNAMIC": "FALSE", "MKL_DYNAMIC": "FALSE", "OPENVINO_TELEMETRY_OPT_OUT": "1", "PYTHONHASHSEED": "0"}
-FEWEST_ROUNDS = 3  # are always run, whatever the time limit says
+FEWEST_ROUNDS = 5  # are always run, whatever the time limit says: fewer give no interval
 MOST_RUNS = 2000  # a round, of one network
-RESAMPLES = 2000
+RESAMPLES = 4000
 TIMEOUT_S = 900.0  # for one answer of a worker, loading a large workload included
 PATIENCE_S = 3.0  # for a worker to end by itself
 TAIL = 1500  # characters of a dead worker's standard error that are shown
@@ -97,20 +97,26 @@ class Interval:
 def ratio(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]], seed: int = 0) -> Interval:
     """How many times as long `a` takes as `b`: the median over rounds of the ratio of their medians in each round.
 
-    The interval is the middle 95 % of that median under resampling of rounds (percentile bootstrap; Efron 1979), so
-    it is as wide as the rounds differ, and one round alone gives no interval: 0 to infinity.
+    The interval is where that median lies when rounds are drawn anew with replacement: as wide as the rounds differ.
+    It is the percentile interval of the bootstrap, expanded for small numbers (Hesterberg 2015, arXiv:1411.5279,
+    section 4.2): plain percentiles cover the truth in 88 % of all cases with 7 rounds, these in 95 % or more from 6
+    rounds on. Fewer than 5 rounds give none: 0 to infinity.
 
-    >>> ratio([[2.0, 2.2], [4.0, 4.4]], [[1.0, 1.1], [2.0, 2.2]])
+    >>> ratio([[2.0, 2.2], [4.0, 4.4]] * 3, [[1.0, 1.1], [2.0, 2.2]] * 3)
     Interval(median=2.0, low=2.0, high=2.0)
     """
-    if not len(a) or len(a) != len(b):
+    from scipy.special import ndtr, stdtrit
+
+    count = len(a)
+    if not count or count != len(b):
         raise ValueError(f"ratio compares round with round, but got {len(a)} and {len(b)} rounds.")
     ratios = np.array([np.median(x) / np.median(y) for x, y in zip(a, b, strict=True)])
     median = float(np.median(ratios))
-    if len(ratios) == 1:
+    if count < FEWEST_ROUNDS:
         return Interval(median, 0.0, float("inf"))
-    picks = np.random.default_rng(seed).integers(len(ratios), size=(RESAMPLES, len(ratios)))
-    low, high = np.percentile(np.median(ratios[picks], axis=1), [2.5, 97.5])
+    picks = np.random.default_rng(seed).integers(count, size=(RESAMPLES, count))
+    tail = ndtr(-np.sqrt(count / (count - 1)) * stdtrit(count - 1, 0.975))
+    low, high = np.quantile(np.median(ratios[picks], axis=1), [tail, 1 - tail])
     return Interval(median, float(low), float(high))
 
 
@@ -145,7 +151,7 @@ def interleave(
         subjects: with different names.
         inputs: one array per input of the network; subjects with `run` do not look at them.
         threads: of each network.
-        rounds: how many, if the time allows; three in any case.
+        rounds: how many, if the time allows; five in any case.
         round_seconds: how long one subject runs in one round; at least one run.
         limit_seconds: after which no new round begins.
 
@@ -432,9 +438,8 @@ def _torch_threads(threads: int) -> Iterator[None]:
 
 
 def _timed(function: Callable[[], object], count: int) -> list[float]:
-    """Milliseconds of `count` runs, after one that is not counted; garbage is collected before, not during."""
+    """Milliseconds of `count` runs, after one that is not counted, without collecting garbage meanwhile."""
     function()
-    gc.collect()
     collecting = gc.isenabled()
     gc.disable()
     try:

@@ -93,7 +93,9 @@ STEPS = st.one_of(
     st.just(FoldBatchnorm()),
     st.builds(PruneMagnitude, where=st.text(st.characters(exclude_categories=["Cs", "Cc"])), share=st.floats(0, 0.99)),
     st.builds(DistillSoft, lr=st.floats(1e-6, 1.0), steps=st.integers(0, 10_000_000)),
-    st.builds(QuantizeWeights, bits=st.sampled_from([4, 8]), where=st.sampled_from(["*", "1e-3", "no", "null", "1:30"])),
+    st.builds(
+        QuantizeWeights, bits=st.sampled_from([4, 8]), where=st.sampled_from(["*", "1e-3", "no", "null", "1:30"])
+    ),
 )
 
 
@@ -176,7 +178,9 @@ def test_refuses_with_the_place_and_what_to_do(text: str) -> None:
 
 
 def test_settings_are_checked_before_anything_is_made_of_them() -> None:
-    with pytest.raises(SettingError, match=r"my.yaml, step 1 \(prune_magnitude\): share=2.0 is out of range: .* 0 to 0.99"):
+    with pytest.raises(
+        SettingError, match=r"my.yaml, step 1 \(prune_magnitude\): share=2.0 is out of range: .* 0 to 0.99"
+    ):
         Recipe.from_yaml("steps: [{prune_magnitude: {share: 2.0}}]\ntarget: openvino", where="my.yaml")
 
 
@@ -248,7 +252,10 @@ def test_errors_of_passes_name_the_step() -> None:
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        (lambda model: nn.Sequential(model, nn.Linear(4, 3)), "changed what the network returns: (2, 3) of float32, where"),
+        (
+            lambda model: nn.Sequential(model, nn.Linear(4, 3)),
+            "changed what the network returns: (2, 3) of float32, where",
+        ),
         (lambda model: model.double(), "left a network that fails on the example"),
         (lambda model: nn.Sequential(nn.Identity(), nn.Linear(9, 4)), "left a network that fails on the example"),
         (lambda model: nn.init.constant_(model.get_submodule("2").weight, torch.nan), "made output 0 NaN or infinite"),

@@ -105,7 +105,9 @@ def test_passes_and_targets_do_not_know_one_another(module: str) -> None:
         if _unit(other) in ("passes", "targets")
         and not (other == own or (_unit(other) == _unit(module) and _leaf(other)[1].startswith("_")))  # type: ignore[index]
     )
-    assert not known, f"{module} imports {', '.join(known)}: of its folder it may know {own} and files named _*.py only."
+    assert not known, (
+        f"{module} imports {', '.join(known)}: of its folder it may know {own} and files named _*.py only."
+    )
 
 
 def test_imports_form_no_cycle() -> None:

@@ -113,7 +113,7 @@ class DistillSoft(Pass):
 
     def apply(self, model: nn.Module, workload: Workload) -> nn.Module:
         data = workload.calibration if workload.train is None else workload.train
-        steps = math.ceil(self.epochs * _length(data))
+        steps = max(1, math.ceil(self.epochs * _length(data)))
         steps = min(steps, self.steps) if self.steps else steps
         with thawed(model):
             parameters = trainable(model, self.where)

@@ -23,7 +23,7 @@ from featherweight.encodings import Masked
 from featherweight.errors import RecipeError
 from featherweight.passes import Pass
 from featherweight.settings import Choice, Range
-from featherweight.surgery import done, encode, encoding_of, select
+from featherweight.surgery import done, encode, encoding_of, left, select
 from featherweight.workload import Workload
 
 KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -74,6 +74,9 @@ class PruneMagnitude(Pass):
         else:
             masks = [largest(weight, self.share) for weight in weights.values()]
         for (name, weight), mask in zip(weights.items(), masks, strict=True):
+            if bool(mask.all()):
+                left(name, "its weights are all larger than those that go")
+                continue
             encoding = Masked(weight, mask)
             encode(layers[name], encoding)
             done(name, encoding.describe())

@@ -75,12 +75,15 @@ class InputStatistics:
     sample: list[Tensor] = field(default_factory=list)
     total: Tensor | None = None  # (channels,) sums
     count: int = 0
+    rng: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
     def add(self, x: Tensor, channel_dim: int, keep: int) -> None:
         """Takes in one batch; `keep` of its values join the sample."""
         self.low, self.high = min(self.low, float(x.min())), max(self.high, float(x.max()))
         flat = x.flatten()
-        self.sample.append(flat[:: max(1, flat.numel() // keep)].clone())
+        # At random: even steps through memory would meet the same few channels and pixels again and again.
+        chosen = torch.randint(flat.numel(), (min(keep, flat.numel()),), generator=self.rng)
+        self.sample.append(flat[chosen])
         sums = x.movedim(channel_dim, 0).flatten(1).sum(1)
         self.total = sums if self.total is None else self.total + sums
         self.count += flat.numel() // sums.numel()
@@ -113,7 +116,7 @@ class QuantizeStatic(Pass):
     """
 
     range: Annotated[str, Choice("minmax", "percentile", "mse")] = "mse"
-    bias_correction: bool = True
+    bias_correction: bool = False
 
     def apply(self, model: nn.Module, workload: Workload) -> nn.Module:
         layers = select(model, self.where, (*WEIGHTED, nn.Embedding))

@@ -111,3 +111,15 @@ def test_per_channel_scales_beat_one_scale_on_channels_of_different_size():
         encoding = Affine(weight, affine_scale(weight, 8, axis), bits=8, axis=axis)
         errors.append((((encoding.decode() - weight) ** 2).sum(1) / (weight**2).sum(1)).mean().item())
     assert errors[1] < errors[0] / 10
+
+
+def test_the_sample_sees_every_channel_and_place():
+    """Even steps through (n, channels, height, width) would only ever meet a corner of some channels."""
+    x = torch.zeros(32, 64, 4, 4)
+    x[:, 33, 2, 1] = 5.0
+    statistics = InputStatistics()
+    for _ in range(4):
+        statistics.add(x, 1, 4096)
+    share = (torch.cat(statistics.sample) > 0).float().mean().item()
+    assert 0.3 / (64 * 16) < share < 3 / (64 * 16)
+    assert len(torch.cat(statistics.sample)) == 4 * 4096

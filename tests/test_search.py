@@ -1,0 +1,504 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from featherweight import search, targets
+from featherweight.artifact import open_artifact
+from featherweight.errors import ArtifactError, BudgetError, ExportError, LayerError, TargetError
+from featherweight.measure import Measurement
+from featherweight.recipe import Recipe
+from featherweight.search import Budget, Facts, Trial, best_of, frontier, nearest, next_recipe
+from featherweight.workload import Workload, load
+from tests.made_up import measurement
+
+TARGET = "onnxruntime"
+FACTS = Facts(targets=(TARGET,), folds=True, linear=True, epochs=2.0, multiples={TARGET: 8})
+TINY = Path(__file__).parent / "gratings.py"
+
+
+# ------------------------------------------------------------------------------------------------ the budget
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_drop": -0.01}, "zero or more"),
+        ({"max_drop": math.nan}, "zero or more"),
+        ({"max_drop": "-2%"}, "zero or more"),
+        ({"max_drop": "nan%"}, "zero or more"),
+        ({"max_drop": "much"}, "is no number"),
+        ({"max_drop": "0.01"}, "is no number"),
+        ({"max_drop": 0.01, "max_bytes": 0}, "max_bytes=0 cannot be met"),
+        ({"max_drop": 0.01, "max_latency_ms": math.inf}, "max_latency_ms=inf cannot be met"),
+        ({"max_drop": 0.01, "objective": "beauty"}, "There are: latency, bytes"),
+    ],
+)
+def test_budget_that_makes_no_sense(settings, message):
+    with pytest.raises(BudgetError, match=message):
+        Budget(**settings)
+
+
+def test_relative_drop_is_of_the_original_score():
+    assert Budget("5%").allowed(0.8) == pytest.approx(0.04)
+    assert Budget("5%").allowed(-2.0) == pytest.approx(0.1)  # a negated loss, say
+    assert Budget(0.05).allowed(0.8) == 0.05
+
+
+def test_accepted_on_the_upper_bound_of_the_drop_not_on_the_drop():
+    budget = Budget(0.01)
+    assert "the drop may be 0.011, above 0.01" in budget.objection(measurement(drop=0.009, drop_upper=0.011))
+    assert not budget.objection(measurement(drop=0.009, drop_upper=0.01))
+
+
+def test_every_bound_that_is_exceeded_is_named():
+    budget = Budget(0.01, max_bytes=1000, max_latency_ms=1.0)
+    objection = budget.objection(measurement(drop=0.2, bytes=2000, latency_ms=3.0))
+    assert "drop may be" in objection and "2,000 bytes, above 1,000" in objection and "3 ms, above 1" in objection
+
+
+# ------------------------------------------------------------------------------------------------ choosing
+
+
+def _trials(*found: Measurement) -> list[Trial]:
+    return [Trial(Recipe((), TARGET), m) for m in found]
+
+
+def test_best_is_the_cheapest_that_is_accepted():
+    fast, small, bad = (
+        measurement(latency_ms=1.0, bytes=300),
+        measurement(latency_ms=2.0, bytes=200),
+        measurement(latency_ms=0.5, bytes=100, drop=0.1),
+    )
+    trials = [*_trials(fast, small, bad), Trial(Recipe((), TARGET), None, "failed")]
+    chosen = [best_of(trials, Budget(0.01, objective=objective)) for objective in ("latency", "bytes")]
+    assert [trial.measurement for trial in chosen if trial] == [fast, small]
+    assert best_of(_trials(bad), Budget(0.01)) is None
+
+
+def test_nearest_goes_by_the_bound_that_is_exceeded_most():
+    budget = Budget(0.01, max_bytes=1000)
+    light, true = measurement(bytes=1000, drop=0.05, drop_upper=0.06), measurement(bytes=1500)
+    chosen = nearest(_trials(light, true), budget)
+    assert chosen and chosen.measurement == true  # half too heavy is nearer than six times too lossy
+    assert nearest([], budget) is None
+
+
+def test_frontier_holds_what_nothing_beats_in_both():
+    a, b, c = (
+        measurement(latency_ms=1, drop=0.03),
+        measurement(latency_ms=2, drop=0.01),
+        measurement(latency_ms=3, drop=0.02),
+    )
+    assert frontier([c, b, a], Budget(0.1)) == [a, b]
+
+
+# ------------------------------------------------------------------------------------------------ the strategy
+
+
+class World:
+    """Says of every recipe what it would cost, as a function of the recipe alone."""
+
+    def __init__(
+        self, breaks_at: float = 0.5, static_drop: float = 0.002, trained_drop: float = 0.001, **of_target: float
+    ):
+        self.breaks_at, self.static_drop, self.trained_drop, self.of_target = (
+            breaks_at,
+            static_drop,
+            trained_drop,
+            of_target,
+        )
+
+    def __call__(self, recipe: Recipe) -> Trial:
+        names = [step.name() for step in recipe.steps]
+        share = max([step.settings().get("share", 0.0) for step in recipe.steps]) if recipe.steps else 0.0
+        trained = names[-1:] == ["distill_soft"]
+        drop = (self.trained_drop if trained else self.static_drop) if "quantize_static" in names else 0.0
+        drop += 0.1 if share > self.breaks_at else 0.001 * share
+        quantized = any(name.startswith("quantize") for name in names)
+        latency = (2.0 if "quantize_static" in names else 5.0) * (1 - share) * self.of_target.get(recipe.target, 1.0)
+        found = measurement(
+            recipe,
+            drop=drop,
+            drop_upper=drop,
+            latency_ms=latency,
+            bytes=int((10 if quantized else 40) * (1 - share) * 1e6),
+        )
+        return Trial(recipe, found)
+
+
+def played(facts: Facts, budget: Budget, world) -> list[Trial]:
+    trials: list[Trial] = []
+    while (recipe := next_recipe(facts, budget, trials)) is not None:
+        assert recipe.digest not in {trial.recipe.digest for trial in trials}
+        trials.append(world(recipe))
+        assert len(trials) < 50
+    return trials
+
+
+def words(trials: list[Trial]) -> list[str]:
+    return [f"{search.in_words(trial.recipe)} on {trial.recipe.target}" for trial in trials]
+
+
+def shares(trials: list[Trial]) -> list[float]:
+    return [
+        trial.recipe.steps[0].settings()["share"]
+        for trial in trials
+        if "prune_channels" in search.in_words(trial.recipe)
+    ]
+
+
+def test_ladder_then_bisection_towards_the_largest_share_that_holds():
+    trials = played(FACTS, Budget(0.01), World(breaks_at=0.5))
+    assert words(trials)[:2] == [f"fold_batchnorm on {TARGET}", f"fold_batchnorm + quantize_static on {TARGET}"]
+    assert words(trials)[2] == f"prune_channels 0.4 + distill_soft + fold_batchnorm + quantize_static on {TARGET}"
+    assert shares(trials) == [0.4, 0.6, 0.5, 0.55, 0.525]
+    best = best_of(trials, Budget(0.01))
+    assert best and best.recipe.steps[0].settings()["share"] == 0.5
+
+
+def test_without_norms_the_first_recipe_is_a_plain_export():
+    trials = played(dataclasses.replace(FACTS, folds=False), Budget(0.01), World())
+    assert trials[0].recipe == Recipe((), TARGET)
+    assert "fold_batchnorm" not in " ".join(words(trials))
+
+
+def test_the_faster_target_is_kept_and_the_others_dropped():
+    facts = dataclasses.replace(FACTS, targets=("onnxruntime", "openvino", "torch"))
+    trials = played(facts, Budget(0.01), World(openvino=0.5, torch=3.0))
+    assert [trial.recipe.target for trial in trials[:6]] == ["onnxruntime", "openvino", "torch"] * 2
+    assert {trial.recipe.target for trial in trials[6:]} == {"openvino"}
+
+
+def test_a_target_that_fails_is_left_alone():
+    world = World()
+    facts = dataclasses.replace(FACTS, targets=("onnxruntime", "openvino"))
+    trials = played(facts, Budget(0.01), lambda r: Trial(r, None, "no") if r.target == "openvino" else world(r))
+    assert [trial.recipe.target for trial in trials].count("openvino") == 1
+    assert len(shares(trials)) == search.CANDIDATES
+
+
+def test_when_nothing_can_be_exported_there_is_nothing_to_search():
+    assert len(played(FACTS, Budget(0.01), lambda recipe: Trial(recipe, None, "no"))) == 1
+
+
+def test_int8_that_loses_too_much_is_trained():
+    trials = played(FACTS, Budget(0.01), World(static_drop=0.05))
+    assert words(trials)[2] == f"fold_batchnorm + quantize_static + distill_soft on {TARGET}"
+    assert words(trials)[3].endswith(f"quantize_static + distill_soft on {TARGET}") and shares(trials)[0] == 0.4
+
+
+def test_where_training_does_not_help_milder_numbers_are_tried():
+    world = World(static_drop=0.05, trained_drop=0.05)
+    found = words(played(FACTS, Budget(0.01), world))
+    assert found[3] == f"fold_batchnorm + quantize_dynamic on {TARGET}"
+    without_linear = words(played(dataclasses.replace(FACTS, linear=False), Budget(0.01), world))
+    assert without_linear[3] == f"fold_batchnorm + quantize_weights on {TARGET}"
+
+
+def test_for_bytes_four_bits_come_first():
+    found = words(played(FACTS, Budget(0.01, objective="bytes"), World()))
+    assert found[2] == f"fold_batchnorm + quantize_weights on {TARGET}"
+    assert "bits: 4" in played(FACTS, Budget(0.01, objective="bytes"), World())[2].recipe.to_yaml()
+
+
+def test_less_share_after_every_rejection_and_no_more_than_the_candidates():
+    assert shares(played(FACTS, Budget(0.01), World(breaks_at=0.0))) == [0.4, 0.2, 0.1, 0.05, 0.025]
+    assert shares(played(FACTS, Budget(0.01), World(breaks_at=1.0))) == [0.4, 0.6, 0.7, 0.75, 0.775]
+
+
+def test_a_network_that_cannot_be_pruned_costs_two_trials():
+    world = World()
+    trials = played(FACTS, Budget(0.01), lambda r: Trial(r, None, "no") if len(r.steps) > 2 else world(r))
+    assert shares(trials) == [0.4, 0.2]
+
+
+def test_bytes_and_latency_bounds_do_not_turn_the_bisection_round():
+    """What is too heavy needs more pruning, not less."""
+    trials = played(FACTS, Budget(0.01, max_bytes=1), World(breaks_at=1.0))
+    assert shares(trials)[-1] > 0.7
+
+
+def test_the_strategy_does_not_depend_on_the_order_of_trials():
+    trials = played(FACTS, Budget(0.01), World())
+    for count in range(len(trials)):
+        assert next_recipe(FACTS, Budget(0.01), trials[:count][::-1]) == trials[count].recipe
+
+
+# ------------------------------------------------------------------------------------------------ facts
+
+
+def test_facts_of_a_workload():
+    facts = search.facts_of(load(str(TINY)), (TARGET,))
+    assert facts.folds and facts.linear and facts.multiples[TARGET] == targets.find(TARGET).width_multiple
+    assert facts == search.facts_of(load(str(TINY)), (TARGET,))
+    assert facts.epochs * 16 == pytest.approx(search.MOST_STEPS, rel=0.05)  # a tiny network has time for all
+
+
+def _workload(model: nn.Module, **changes) -> Workload:
+    batch = (torch.randn(4, 8),)
+    return Workload(
+        **{"model": model.eval(), "example": batch, "calibration": [batch], "score": lambda p: 1.0, **changes}
+    )
+
+
+def test_norms_that_cannot_be_folded_are_not():
+    assert not search.facts_of(_workload(nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 2))), (TARGET,)).folds
+
+
+@pytest.mark.parametrize("train", [[], ["text"], [3], [((torch.zeros(4, 8),), torch.zeros(4))]])
+def test_length_of_training_is_known_whatever_train_holds(train):
+    assert search.facts_of(_workload(nn.Linear(8, 2), train=train), (TARGET,)).epochs > 0
+
+
+def test_fingerprint_tells_workloads_apart():
+    one, two = nn.Linear(8, 2), nn.Linear(8, 2)
+    same = search.fingerprint(_workload(one))
+    assert same == search.fingerprint(_workload(one))
+    assert same != search.fingerprint(_workload(two))
+    assert len({same, search.fingerprint(load(str(TINY)))}) == 2
+
+
+# ------------------------------------------------------------------------------------------------ the loop
+
+
+QUICK = [
+    ("featherweight.search", "CANDIDATES", 1),
+    ("featherweight.search", "FEWEST_STEPS", 4),
+    ("featherweight.search", "MOST_STEPS", 4),
+    ("featherweight.measure", "ROUNDS", 3),
+    ("featherweight.measure", "ROUND_SECONDS", 0.01),
+    ("featherweight.measure", "QUICK_ROUNDS", 3),
+    ("featherweight.measure", "QUICK_ROUND_SECONDS", 0.01),
+]
+
+
+@pytest.fixture(scope="module")
+def _quick():
+    """One candidate, shortly trained, and short timings: a whole search in seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name, value in QUICK:
+            patch.setattr(f"{module}.{name}", value)
+        yield
+
+
+quick = pytest.mark.usefixtures("_quick")
+
+
+def _search(folder: Path, budget: Budget | None = None, workload: Workload | None = None, **settings) -> search.Result:
+    return search.compress(
+        workload or load(str(TINY)), budget or Budget(0.05), folder, **{"targets": (TARGET,), "threads": 1, **settings}
+    )
+
+
+class Heard(search.Progress):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+
+
+@pytest.fixture(scope="module")
+def finished(_quick, tmp_path_factory) -> tuple[search.Result, Heard]:
+    heard = Heard()
+    workload = load(str(TINY))
+    before = {name: value.clone() for name, value in workload.model.state_dict().items()}
+    result = _search(tmp_path_factory.mktemp("finished") / "out", workload=workload, progress=heard)
+    assert all(torch.equal(value, before[name]) for name, value in workload.model.state_dict().items())
+    return result, heard
+
+
+def test_from_a_workload_to_files_that_ship(finished):
+    result, heard = finished
+    out = result.folder
+    assert result.verdict == "accepted" and not result.interrupted and result.binding == ""
+    best = result.best
+    assert best and result.baseline and best.drop_upper <= 0.05
+    assert best.bytes < result.baseline.bytes / 2 and best.test_drop is not None and best.versus_runtime_ratio
+    # what ships is what was measured
+    artifact = open_artifact(out / "best")
+    assert artifact.bytes == best.bytes and artifact.digest == best.digest
+    assert (out / "recipe.yaml").read_text() == best.recipe
+    # the result on disk says the same
+    stored = json.loads((out / "result.json").read_text())
+    assert {"verdict", "budget", "baseline", "best", "frontier", "rejected"} <= stored.keys()
+    assert Measurement.from_json(json.dumps(stored["best"])) == best
+    # one JSON file per trial is left, and no artifact but the best
+    trials = list((out / "trials").iterdir())
+    assert len(trials) == 3 and all(path.suffix == ".json" for path in trials)
+    # where the time goes is said
+    assert [line.partition(":")[0] for line in heard.lines][:2] == ["the original", f"fold_batchnorm on {TARGET}"]
+    assert re.search(r"accepted \[seconds: fold_batchnorm [\d.]+, export [\d.]+, measure [\d.]+\]", heard.lines[1])
+    assert {"baseline", "measure", "export", "distill_soft", "final measurement"} <= result.seconds.keys()
+
+
+@quick
+def test_going_on_repeats_nothing_and_an_infeasible_budget_gets_the_nearest_point(finished):
+    out = finished[0].folder
+    before = {path: path.stat().st_mtime_ns for path in (out / "trials").iterdir()}
+    result = _search(out, Budget(0.05, max_bytes=1000, objective="latency"), resume=True)
+    assert {path: path.stat().st_mtime_ns for path in (out / "trials").iterdir()} == before
+    assert result.verdict == "infeasible" and result.binding == "max_bytes"
+    found = [*result.frontier, *result.rejected]
+    assert result.best and result.best.bytes == min(m["bytes"] if isinstance(m, dict) else m.bytes for m in found)
+    assert len(result.rejected) == 3 and all("above 1,000" in rejected["reason"] for rejected in result.rejected)
+    assert open_artifact(out / "best").digest == result.best.digest
+
+
+def test_going_on_with_another_network_is_refused(finished):
+    other = load(str(TINY))
+    with torch.no_grad():
+        other.model.head.bias.add_(1.0)
+    with pytest.raises(BudgetError, match="the search of another workload"):
+        _search(finished[0].folder, workload=other, resume=True)
+
+
+@quick
+def test_a_time_limit_ends_with_what_there_is(tmp_path):
+    heard = Heard()
+    result = _search(tmp_path / "out", time_limit=0.001, progress=heard)
+    assert result.verdict == "infeasible" and result.best is None and result.binding == "time_limit"
+    assert "time limit" in heard.lines[-1]
+
+
+@quick
+def test_a_trial_that_fails_is_recorded_and_the_search_goes_on(tmp_path, monkeypatch):
+    real = search.build
+
+    def build(recipe, *args, **settings):
+        if "quantize_static" in search.in_words(recipe):
+            raise LayerError("cannot be done")
+        return real(recipe, *args, **settings)
+
+    monkeypatch.setattr(search, "build", build)
+    result = _search(tmp_path / "out", Budget(0.05, objective="bytes"))
+    reasons = [rejected["reason"] for rejected in result.rejected if "quantize_static" in rejected["recipe"]]
+    assert reasons and set(reasons) == {"cannot be done"}
+    assert result.verdict == "accepted" and result.best and "quantize_weights" in result.best.recipe
+
+
+@quick
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemError])
+def test_an_interrupt_ends_with_the_best_so_far(tmp_path, monkeypatch, error):
+    """A signal comes while the third trial is built; an error of ours costs that trial alone."""
+    real, count = search.build, iter(range(99))
+
+    def build(*args, **settings):
+        if next(count) == 2:
+            if error is KeyboardInterrupt:
+                os.kill(os.getpid(), signal.SIGTERM)
+            raise SystemError("a bug")
+        return real(*args, **settings)
+
+    monkeypatch.setattr(search, "build", build)
+    result = _search(tmp_path / "out")
+    interrupted = error is KeyboardInterrupt
+    assert result.interrupted == interrupted and result.verdict == "accepted"
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["interrupted"] == interrupted
+    assert result.best and (result.best.test_score is None) == interrupted
+    assert open_artifact(tmp_path / "out" / "best").digest == result.best.digest
+    assert len(list((tmp_path / "out" / "trials").glob("*.json"))) == (2 if interrupted else 3)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_network_that_no_target_takes_is_bad_input(tmp_path):
+    class Branches(nn.Module):
+        def forward(self, x):
+            return x * 2 if x.sum() > 0 else x
+
+    with pytest.raises(ExportError, match=r"even uncompressed.*branches on the data"):
+        _search(tmp_path, workload=_workload(Branches(), score=lambda predict: [1.0] * 4))
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "message"),
+    [
+        ({"targets": ("abacus",)}, TargetError, "no target 'abacus'"),
+        ({"threads": 0}, BudgetError, "threads=0"),
+        ({"batch": -1}, BudgetError, "batch=-1"),
+        ({"time_limit": math.nan}, BudgetError, "time_limit=nan"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_anything_is_spent(tmp_path, settings, kind, message):
+    workload = _workload(nn.Linear(8, 2), score=lambda predict: pytest.fail("was scored"))
+    with pytest.raises(kind, match=message):
+        _search(tmp_path, workload=workload, **settings)
+
+
+def test_folders_that_are_not_free_are_refused(tmp_path):
+    (tmp_path / "note.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match=r"not empty.*--resume"):
+        search.check_folder(tmp_path, resume=False)
+    with pytest.raises(ArtifactError, match="no search to go on with"):
+        search.check_folder(tmp_path, resume=True)
+    with pytest.raises(ArtifactError, match="is a file"):
+        search.check_folder(tmp_path / "note.txt", resume=False)
+    with pytest.raises(ArtifactError, match="cannot be written"):
+        search.check_folder(tmp_path / "note.txt" / "below", resume=False)
+    search.check_folder(tmp_path / "new" / "er", resume=True)
+
+
+def test_trials_that_cannot_be_read_are_named(tmp_path):
+    (tmp_path / "trials").mkdir()
+    (tmp_path / "trials" / "0.json").write_text("{")
+    with pytest.raises(ArtifactError, match=r"0\.json cannot be read.*Delete it"):
+        search.read_trials(tmp_path)
+    (tmp_path / "trials" / "0.json").write_text("{}")
+    with pytest.raises(ArtifactError, match=r"0\.json is no trial of this version.*Delete it"):
+        search.read_trials(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ kill -9
+
+CHILD = """
+import sys
+from pathlib import Path
+from importlib import import_module
+for module, name, value in {quick!r}:
+    setattr(import_module(module), name, value)
+from featherweight import search, workload
+budget = search.Budget(0.05, objective="bytes")
+settings = {{"targets": ({target!r},), "threads": 1, "resume": True}}
+result = search.compress(workload.load({tiny!r}), budget, Path(sys.argv[1]), **settings)
+print(result.best.digest, result.best.score)
+"""
+
+
+def _child(folder: Path) -> subprocess.Popen:
+    code = CHILD.format(quick=QUICK, tiny=str(TINY), target=TARGET)
+    return subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True)
+
+
+def test_killed_and_resumed_is_as_good_as_never_killed(tmp_path):
+    """kill -9 after the second trial; the trials done are kept as they are, and the result is that of a whole run."""
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    child = _child(killed)
+    done: list[Path] = []
+    deadline = time.monotonic() + 120
+    while len(done) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+        done = list((killed / "trials").glob("*.json"))
+        assert child.poll() is None
+    child.kill()
+    child.communicate()
+    before = {path: (path.stat().st_mtime_ns, path.read_text()) for path in (killed / "trials").glob("*.json")}
+    assert len(before) >= 2 and not (killed / "result.json").exists()
+
+    resumed, unbroken = (_child(folder).communicate(timeout=120)[0] for folder in (killed, whole))
+    assert resumed and resumed == unbroken
+    assert {path: (path.stat().st_mtime_ns, path.read_text()) for path in before} == before
+    names = [sorted(path.name for path in (folder / "trials").iterdir()) for folder in (killed, whole)]
+    assert names[0] == names[1]
