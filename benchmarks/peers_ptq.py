@@ -203,7 +203,9 @@ def compare(name: str, threads: int, rounds: int) -> list[Row]:
             after = before if c is original else scores(workload.score, _predict(c.run)).mean().item()
             ratios = [a / b for a, b in zip(medians[original.name], medians[c.name], strict=True)]
             latency = statistics.median(medians[c.name])
-            rows.append(Row(name, c.name, after, before - after, c.bytes, latency, statistics.median(ratios), c.seconds))
+            rows.append(
+                Row(name, c.name, after, before - after, c.bytes, latency, statistics.median(ratios), c.seconds)
+            )
             print(line(rows[-1]), flush=True)
     return rows
 

@@ -3,18 +3,26 @@
 Recorded by Allison Smith for Digium, Inc., licence CC-BY-SA 3.0; fetched from the Debian packages
 `asterisk-core-sounds-en-wav` (the recordings) and `asterisk-core-sounds-en` (the texts), and never kept in this
 repository. Nothing here knows of networks, but for the log-mel features, which are the ones that Whisper reads.
+
+Short prompts are for scoring, half of them for the search and half for the report; long ones, in pieces, are to
+train on, and so are letters of the alphabet and a fifth of the prompts of one to three words. What is said twice in
+the same words is in one part, so nothing of the test is heard before.
 """
 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import re
 import wave
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from assets import debian_package
 from scipy.signal import resample_poly
 from torch import Tensor
@@ -49,6 +57,42 @@ def prompts() -> list[Prompt]:
     root = next(debian_package("asterisk-core-sounds-en-wav").rglob("en_US_f_Allison"))
     paths = {path.relative_to(root).with_suffix("").as_posix(): path for path in root.rglob("*.wav")}
     return [Prompt(name, _samples(paths[name]), texts[name]) for name in sorted(paths.keys() & texts.keys())]
+
+
+def part(text: str) -> Literal["test", "search", "train"]:
+    """Where a short prompt belongs, by a digest of its words: neither case nor punctuation makes two texts of one."""
+    said = re.findall(r"\w+", text.lower())
+    number = int(hashlib.sha256(" ".join(said).encode()).hexdigest(), 16)
+    if len(said) >= 4:
+        return ("test", "search")[number % 2]
+    if len(text) == 1:
+        return "train"  # "c" and "see" sound alike
+    return ("test", "test", "search", "search", "train")[number % 5]
+
+
+def pieces(prompts: Sequence[Prompt], seconds: float) -> list[Tensor]:
+    """What there is to train on, in clips of up to `seconds`: (samples,) each, the last of a prompt at least a second.
+
+    Cuts fall where they fall; a word cut in two is what a recogniser hears at the edge of its window.
+    """
+    length = int(seconds * RATE)
+    found = []
+    for prompt in prompts:
+        if len(prompt.samples) > length:
+            found += [piece for piece in prompt.samples.split(length) if len(piece) >= RATE]
+        elif part(prompt.text) == "train":
+            found.append(prompt.samples)
+    return found
+
+
+def varied(samples: Tensor, length: int, rng: torch.Generator) -> Tensor:
+    """(samples,) up to a tenth slower or faster, in noise 20 to 50 dB below it, after a pause; at most `length`."""
+    speed, noise, pause = torch.rand(3, generator=rng).tolist()
+    size = min(int(len(samples) * (0.9 + 0.2 * speed)), length)
+    said = F.interpolate(samples[None, None], size=size, mode="linear")[0, 0]
+    loudness = said.square().mean().sqrt() * 10 ** -(1 + 1.5 * noise)
+    said = said + loudness * torch.randn(size, generator=rng)
+    return F.pad(said, (int(pause * min(length - size, 0.3 * RATE)), 0))
 
 
 def _texts(folder: Path) -> dict[str, str]:

@@ -26,9 +26,7 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(outputs)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-            )
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         y = torch.relu(self.bn1(self.conv1(x)))
@@ -46,7 +44,9 @@ class ResNet18(nn.Module):
         widths = (64, 64, 128, 256, 512)
         self.blocks = nn.Sequential(
             *[
-                BasicBlock(widths[stage] if first else widths[stage + 1], widths[stage + 1], 2 if first and stage else 1)
+                BasicBlock(
+                    widths[stage] if first else widths[stage + 1], widths[stage + 1], 2 if first and stage else 1
+                )
                 for stage in range(4)
                 for first in (True, False)
             ]
@@ -61,6 +61,7 @@ class ResNet18(nn.Module):
 def trained() -> ResNet18:
     """The network with the committed weights (fp16 on disk, fp32 in memory), in eval mode."""
     net = ResNet18()
-    net.load_state_dict({name: value.float() if value.is_floating_point() else value
-                         for name, value in load_file(WEIGHTS).items()})
+    net.load_state_dict(
+        {name: value.float() if value.is_floating_point() else value for name, value in load_file(WEIGHTS).items()}
+    )
     return net.eval()

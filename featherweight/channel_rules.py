@@ -35,8 +35,8 @@ def fixed(size: int) -> Nodes:
 
 
 def sizes(value: Any) -> tuple[int, ...]:
-    """The shape of a traced tensor, with the sizes of the example where they are free."""
-    return tuple(size if isinstance(size, int) else size.node.hint for size in value.shape)
+    """The shape of a traced tensor, with the sizes of the example where they are free, and 1 where it gives none."""
+    return tuple(size if isinstance(size, int) else int(size.node.hint or 1) for size in value.shape)
 
 
 @dataclass
@@ -122,7 +122,8 @@ class Call:
     def where(self) -> str:
         """The operator and the module it was called in, for messages."""
         stack = list(self.node.meta.get("nn_module_stack", {}).values())
-        return f"{self.name} in {stack[-1][0]!r}" if stack and stack[-1][0] else self.name
+        name = self.name.removeprefix("aten.")
+        return f"{name} in {stack[-1][0]!r}" if stack and stack[-1][0] else name
 
     def freeze(self, labels: Iterable[Nodes], why: str = "") -> None:
         """`labels` must stay; without a reason, because this operator's result depends on how many there are."""
@@ -145,7 +146,7 @@ class Call:
                     out[dim] = nodes if known is None else self.unite(known, nodes)
         return tuple(fixed(size) if nodes is None else nodes for nodes, size in zip(out, shape, strict=True))
 
-    def weigh(self, weight: str, makes: Nodes, reads: Nodes) -> None:
+    def layer(self, weight: str, makes: Nodes, reads: Nodes) -> None:
         """`weight` makes the channels `makes` of the result from the channels `reads`; nothing if it is computed."""
         if self[weight] not in self.stored:
             return
@@ -154,6 +155,13 @@ class Call:
         macs = prod(self.shape) / self.batch / len(makes) * prod(sizes(self[weight].meta["val"]))
         for nodes in (makes, reads):
             np.add.at(self.ties.macs, nodes[nodes >= 0], macs / len(nodes))
+
+    def side_by_side(self, dims: Sequence[Nodes], macs: float) -> None:
+        """Along `dims` run products of activations, as attention heads do, with `macs` multiply-adds in all."""
+        for nodes in dims:
+            free = nodes[nodes >= 0]
+            self.ties.heads.append(free)
+            np.add.at(self.ties.macs, free, macs / self.batch / len(nodes))
 
 
 Rule = Callable[[Call], Any]
@@ -210,7 +218,17 @@ def follow(graph: fx.Graph, stored: dict[fx.Node, Labels], ties: Ties, batch: in
             if inputs and constant.issuperset(inputs):
                 constant.add(node)
             call = Call(node, ties, known, constant, _arguments(node), batch)
-            known[node] = _rule_of(node)(call)
+            known[node] = _checked(call, _rule_of(node))
+
+
+def _checked(call: Call, function: Rule) -> Any:
+    """What the rule says; an overload of the operator that it was not written for counts as unknown."""
+    try:
+        labels = function(call)
+    except LookupError:
+        return _unknown(call)
+    fits = [len(nodes) for nodes in _flat(labels)] == [len(nodes) for nodes in _flat(_all_fixed(call.node))]
+    return labels if fits else _unknown(call)
 
 
 def _rule_of(node: fx.Node) -> Rule:
@@ -245,7 +263,7 @@ def _flat(labels: Any) -> list[Nodes]:
 def _unknown(call: Call) -> Any:
     for node in call.node.all_input_nodes:
         labels = _flat(call.known[node])
-        call.freeze(labels, f"goes through {call.where}, which is not known here")
+        call.freeze(labels, f"goes through {call.where}, an operator that is not known here")
         if node in call.stored and labels:
             call.ties.makes.append(labels[0][labels[0] >= 0])
     return _all_fixed(call.node)
@@ -301,7 +319,7 @@ def _convolution(call: Call) -> Labels:
         call.unite_rows(makes.reshape(groups, -1).T)
     if call["bias"] is not None:
         call.unite(makes, call.labels("bias")[0])
-    call.weigh("weight", makes, reads)
+    call.layer("weight", makes, reads)
     call.freeze(x[at + 1 :])
     return (*x[:at], makes, *map(fixed, call.shape[at + 1 :]))
 
@@ -315,7 +333,7 @@ def _transposed_convolution(call: Call) -> Labels:
     call.unite(x[at], weight[0])
     if call["bias"] is not None:
         call.unite(weight[1], call.labels("bias")[0])
-    call.weigh("weight", weight[1], weight[0])
+    call.layer("weight", weight[1], weight[0])
     call.freeze(x[at + 1 :])
     return (*x[:at], weight[1], *map(fixed, call.shape[at + 1 :]))
 
@@ -326,7 +344,7 @@ def _linear(call: Call) -> Labels:
     call.unite(x[-1], reads)
     if call["bias"] is not None:
         call.unite(makes, call.labels("bias")[0])
-    call.weigh("weight", makes, reads)
+    call.layer("weight", makes, reads)
     return (*x[:-1], makes)
 
 
@@ -336,12 +354,12 @@ def _product(call: Call, left: str, right: str) -> Labels:
     rows, columns = a[-2:-1], b[-1:] if len(b) > 1 else ()
     call.unite(a[-1], b[-2] if len(b) > 1 else b[0])
     if columns:
-        call.weigh(right, columns[0], b[-2])
+        call.layer(right, columns[0], b[-2])
     if rows:
-        call.weigh(left, rows[0], a[-1])
+        call.layer(left, rows[0], a[-1])
     shape = call.shape
     batches = call.broadcast((a[:-2], b[:-2]), shape[: len(shape) - len(rows) - len(columns)])
-    call.ties.heads.extend(nodes[nodes >= 0] for nodes in batches)
+    call.side_by_side(batches, prod(shape) * len(a[-1]))
     return (*batches, *rows, *columns)
 
 
@@ -372,14 +390,14 @@ def _attention(call: Call) -> Labels:
         call.freeze(q[-1:], f"sets the scale of {call.where}")
     call.freeze((k[-2], v[-2], *mask[-2:]))
     batches = call.broadcast((q[:-2], k[:-2], v[:-2], mask[:-2]), call.shape[:-2])
-    call.ties.heads.extend(nodes[nodes >= 0] for nodes in batches)
+    call.side_by_side(batches, prod(call.shape[:-1]) * len(k[-2]) * (len(q[-1]) + len(v[-1])))
     return (*batches, q[-2], v[-1])
 
 
 @rule("embedding")
 def _embedding(call: Call) -> Labels:
     rows, makes = call.labels("weight")
-    call.freeze((rows,))
+    call.freeze((rows,), f"is looked up by {call.where}")
     call.ties.makes.append(makes[makes >= 0])
     return (*call.labels("indices"), makes)
 

@@ -45,8 +45,8 @@ class Slice:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """The layers that hold the tensor."""
-        return tuple(name.rpartition(".")[0] for name in self.names)
+        """The layers that hold the tensor; the tensor itself where that is the whole network."""
+        return tuple(name.rpartition(".")[0] or name for name in self.names)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,9 +75,11 @@ class Group:
 
     @property
     def name(self) -> str:
-        """The layers that compute the units, the first three of them by name."""
+        """The layers that compute the units, the first three of them by name: `a.query + key + value`."""
+        first, *others = self.layers[:3]
+        beside = first.rpartition(".")[0] + "."
         more = len(self.layers) - 3
-        return " + ".join(self.layers[:3]) + (f" + {more} more" if more > 0 else "")
+        return " + ".join([first, *(name.removeprefix(beside) for name in others), *([f"{more} more"] * (more > 0))])
 
     @property
     def width(self) -> int:

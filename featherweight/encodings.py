@@ -177,7 +177,7 @@ class Encoding(nn.Module):
     def freeze(self) -> None:
         if self.latent is not None:
             self.store(self.latent.detach())
-            self.latent = None
+            self.register_parameter("latent", None)
 
 
 class Affine(Encoding):

@@ -6,7 +6,7 @@ The torch target puts them where a program rounds a layer's input and decodes it
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,14 @@ from torch import Tensor, fx, nn
 
 import featherweight.encodings  # noqa: F401  (registers the operators of the library `featherweight`)
 
-FLOAT_OUTPUT = (1.0, 0, torch.float32, "none", [], "")  # scale, zero point, type, and no operator fused behind
+FLOAT_OUTPUT: tuple[Any, ...] = (
+    1.0,
+    0,
+    torch.float32,
+    "none",
+    [],
+    "",
+)  # scale, zero point, type, and no operator fused behind
 
 
 class Int8Layer(nn.Module):
@@ -89,10 +96,12 @@ def use_int8(program: fx.GraphModule) -> fx.GraphModule:
 
 def _constant(program: fx.GraphModule, node: Any) -> Any:
     """The tensor that a node reads from the program, or None."""
-    return operator.attrgetter(node.target)(program) if isinstance(node, fx.Node) and node.op == "get_attr" else None
+    return (
+        operator.attrgetter(str(node.target))(program) if isinstance(node, fx.Node) and node.op == "get_attr" else None
+    )
 
 
-def _replace(program: fx.GraphModule, node: fx.Node, kind: type[Int8Layer]) -> None:
+def _replace(program: fx.GraphModule, node: Any, kind: Callable[..., Int8Layer]) -> None:
     rounded, weight, *rest = node.args
     library = torch.ops.featherweight
     if getattr(rounded, "target", None) is not library.fake_quantize.default:
@@ -110,7 +119,7 @@ def _replace(program: fx.GraphModule, node: fx.Node, kind: type[Int8Layer]) -> N
     program.graph.erase_node(node)
 
 
-def _decode_once(program: fx.GraphModule, node: fx.Node) -> None:
+def _decode_once(program: fx.GraphModule, node: Any) -> None:
     codes, scale = (_constant(program, argument) for argument in node.args[:2])
     name = f"decoded_{node.name}"
     program.register_buffer(name, torch.ops.featherweight.dequantize(codes, scale, *node.args[2:]))

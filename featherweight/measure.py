@@ -32,6 +32,7 @@ ORIGINAL, CONTROL, ARTIFACT, RUNTIME = "original", "control", "artifact", "runti
 RESAMPLES = 4000
 FEW_EXAMPLES = 300
 NOISY = 0.10  # width of the control's interval
+BUSY = 0.05  # share of time spent waiting for a processor
 FIDELITY_BATCHES = 8
 FIDELITY_VALUES = 32_000_000  # of outputs that are kept in memory
 ROUNDS, ROUND_SECONDS = 15, 0.15
@@ -47,6 +48,7 @@ class Measurement:
     positive is worse. `_low` and `_high` bound 95 %, `drop_low` and `drop_upper` 95 % each on one side. `latency_ratio`
     is the original's latency over the artifact's, `versus_runtime_ratio` that of the best fp32 artifact,
     `control_ratio` the original's over its own in a second process. Samples are kept as one list per round.
+    `waiting_share` says, by name, how long each process had to wait for a processor (see `timing.Timings`).
     """
 
     digest: str
@@ -89,6 +91,7 @@ class Measurement:
     control_ratio_high: float
     peak_rss_bytes: int | None
     original_peak_rss_bytes: int | None
+    waiting_share: dict[str, float | None]
     fidelity: dict[str, float | None]
     coverage: list[dict[str, str]]
     kernels: dict[str, float]
@@ -209,12 +212,17 @@ def baseline(workload: Workload, *, threads: int = 1, batch: int = 1, quick: boo
         **_interval("control_ratio", control),
         peak_rss_bytes=timings.peak_rss_bytes[ORIGINAL],
         original_peak_rss_bytes=timings.peak_rss_bytes[ORIGINAL],
+        waiting_share=timings.waiting_share,
         fidelity={"agreement": 1.0, "relative_error": 0.0},
         coverage=[],
         kernels={},
         machine=machine(),
         versions=versions_of("eager"),
-        doubts=[*_workload_doubts(workload, before, test), *_control_doubts(control)],
+        doubts=[
+            *_workload_doubts(workload, before, test),
+            *_control_doubts(control),
+            *_waiting_doubts(timings.waiting_share),
+        ],
     )
     return Baseline(measurement=measurement, scores=before, test_scores=test, outputs=_outputs_on_calibration(workload))
 
@@ -296,6 +304,7 @@ def measure(
         **_interval("control_ratio", control),
         peak_rss_bytes=timings.peak_rss_bytes[ARTIFACT],
         original_peak_rss_bytes=timings.peak_rss_bytes[ORIGINAL],
+        waiting_share=timings.waiting_share,
         fidelity=fidelity,
         coverage=artifact.manifest["coverage"],
         kernels=kernels,
@@ -304,6 +313,7 @@ def measure(
         doubts=[
             *_workload_doubts(workload, after, baseline.test_scores),
             *_control_doubts(control),
+            *_waiting_doubts(timings.waiting_share),
             *_int8_doubts(artifact, kernels, here),
             *doubts,
         ],
@@ -433,6 +443,7 @@ def _outputs_on_calibration(workload: Workload) -> list[tuple[Tensor, ...]]:
     return found
 
 
+@torch.inference_mode()
 def _fidelity(
     originals: list[tuple[Tensor, ...]], predict: Predict, workload: Workload
 ) -> tuple[dict[str, float | None], list[str]]:
@@ -496,6 +507,17 @@ def _control_doubts(control: Interval) -> list[str]:
             "that mean nothing."
         )
     return doubts
+
+
+def _waiting_doubts(shares: dict[str, float | None]) -> list[str]:
+    known = {name: share for name, share in shares.items() if share is not None}
+    if max(known.values(), default=0.0) <= BUSY:
+        return []
+    told = ", ".join(f"{name} {share:.0%}" for name, share in known.items())
+    return [
+        f"Other programs kept the processors busy: of their time the timed ones waited for one ({told}). Long runs suffer "
+        "more from that than short ones, so latency ratios are too large: time again on a quiet machine."
+    ]
 
 
 def _int8_doubts(artifact: Artifact, kernels: dict[str, float], here: dict[str, Any]) -> list[str]:

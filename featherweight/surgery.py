@@ -119,7 +119,7 @@ def encoding_of(layer: nn.Module, tensor: str = "weight") -> Encoding | None:
     """The encoding behind `layer.<tensor>`, or None where it is stored densely."""
     if not parametrize.is_parametrized(layer, tensor):
         return None
-    found = layer.parametrizations[tensor][0]  # type: ignore[index, union-attr]
+    found = layer.parametrizations[tensor][0]  # type: ignore[index]
     return found if isinstance(found, Encoding) else None
 
 
@@ -224,7 +224,7 @@ def trace(model: nn.Module, example: Batch) -> torch.export.ExportedProgram:
             model,
             args=() if named else tuple(batch),
             kwargs=dict(batch) if named else None,  # type: ignore[arg-type]
-            dynamic_shapes=dict(zip(batch, free, strict=True)) if named else tuple(free),
+            dynamic_shapes=dict(zip(batch, free, strict=True)) if isinstance(batch, Mapping) else tuple(free),
             strict=False,
         )
     except Exception as error:
@@ -234,4 +234,3 @@ def trace(model: nn.Module, example: Batch) -> torch.export.ExportedProgram:
             "Its forward branches on the data, or fixes the batch size in code: use tensor operators "
             "(torch.where) for the branch, and x.shape[0] or -1 for the batch."
         ) from error
-

@@ -105,9 +105,7 @@ class Transformer(nn.Module):
     def forward(self, ids: Int64[Tensor, "n 7"], mask: Int64[Tensor, "n 7"]) -> Float[Tensor, "n 5"]:
         x = self.words(ids) + self.places.weight
         y = self.norm1(x)
-        q, k, v = (
-            layer(y).view(y.shape[0], 7, -1, 16).transpose(1, 2) for layer in (self.query, self.key, self.value)
-        )
+        q, k, v = (layer(y).view(y.shape[0], 7, -1, 16).transpose(1, 2) for layer in (self.query, self.key, self.value))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.bool()[:, None, None, :])
         x = x + self.out(y.transpose(1, 2).flatten(2))
         x = x + self.down(F.gelu(self.up(self.norm2(x))))
@@ -335,9 +333,7 @@ class PassContract:
                 assert all(np.isfinite(array).all() for array in found)
 
     @pytest.mark.parametrize("target", targets.installed())
-    def test_exports_with_outputs_that_agree(
-        self, kind: type[Pass], network: str, target: str, tmp_path: Path
-    ) -> None:
+    def test_exports_with_outputs_that_agree(self, kind: type[Pass], network: str, target: str, tmp_path: Path) -> None:
         if (result := compressed(kind(), network)) is not None:
             check_export(targets.find(target), result[0], networks()[network], tmp_path)
 
@@ -355,7 +351,7 @@ def _encoded(network: str, what: str) -> nn.Module:
     )
     bits, block = (4, 16) if what == "int4 blocks" else (4, 0) if what == "int4" else (8, 0)
     for name, layer in surgery.select(model, "*", (nn.Conv2d, nn.Linear, nn.Embedding)).items():
-        weight = layer.weight.detach()  # type: ignore[union-attr, operator]
+        weight = layer.weight.detach()  # type: ignore[operator]
         fits = block and weight[0].numel() % block == 0
         scale = affine_scale(weight, bits, 0, block if fits else 0)
         surgery.encode(layer, Affine(weight, scale, bits=bits, axis=0, block=block if fits else 0))
@@ -385,9 +381,7 @@ class TargetContract:
         assert relative_error(found, run(workload.model, batch)) < 1e-4
 
     @pytest.mark.parametrize("what", ["int8", "int4", "int4 blocks", "int8 static", "int8 dynamic"])
-    def test_runs_encoded_networks_as_torch_does(
-        self, target: Target, network: str, what: str, tmp_path: Path
-    ) -> None:
+    def test_runs_encoded_networks_as_torch_does(self, target: Target, network: str, what: str, tmp_path: Path) -> None:
         check_export(target, _encoded(network, what), networks()[network], tmp_path)
 
     @pytest.mark.parametrize(("bits", "largest_share"), [(8, 0.3), (4, 0.2)])
@@ -395,7 +389,7 @@ class TargetContract:
         model = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 512)).eval()
         dense_bytes = sum(4 * p.numel() for p in model.parameters())
         for layer in surgery.select(model, "*", (nn.Linear,)).values():
-            weight = layer.weight.detach()  # type: ignore[union-attr, operator]
+            weight = layer.weight.detach()  # type: ignore[operator]
             surgery.encode(layer, Affine(weight, affine_scale(weight, bits, 0), bits=bits))
         target.export(model, Workload(model, (torch.randn(2, 512),), [], lambda _: 0.0), tmp_path)
         written = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
@@ -442,7 +436,7 @@ class TargetContract:
         workload = networks()["transformer"]
         assert isinstance(workload.example, Mapping)
         assert input_names(workload.model, workload.example) == ("ids", "mask")
-        swapped = replace(workload, example=dict(reversed(workload.example.items())))
+        swapped = replace(workload, example=dict(reversed(list(workload.example.items()))))
         target.export(workload.model, swapped, tmp_path)
         found = target.load(tmp_path, 1)([tensor.numpy() for tensor in tensors(swapped.example)])
         assert relative_error(found, run(workload.model, workload.example)) < 1e-4

@@ -74,12 +74,15 @@ class Timings:
     """Milliseconds by name, one list per round; and bytes of memory, None for what ran in this process.
 
     `peak_rss_bytes` is the most that a process held while it ran (and, for artifacts, loaded) its network,
-    interpreter and libraries included; `start_rss_bytes` what it held before it loaded anything.
+    interpreter and libraries included; `start_rss_bytes` what it held before it loaded anything. `waiting_share` is how
+    much of the time in which a process could have run it had to wait for a processor that others held. That matters:
+    long runs are interrupted, while short ones slip through, so that on a busy machine ratios come out too large.
     """
 
     rounds: dict[str, list[list[float]]]
     peak_rss_bytes: dict[str, int | None]
     start_rss_bytes: dict[str, int | None]
+    waiting_share: dict[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -165,16 +168,20 @@ def interleave(
         begin = time.monotonic()
         counts = [_runs_per_round(runner, round_seconds) for runner in runners]
         samples: dict[str, list[list[float]]] = {name: [] for name in names}
+        waited: dict[str, list[float]] = {name: [] for name in names}
         for number in range(max(rounds, FEWEST_ROUNDS)):
             if number >= FEWEST_ROUNDS and time.monotonic() - begin > limit_seconds:
                 break
             for index in turn(len(names), number):
-                samples[names[index]].append(runners[index].run(counts[index]))
+                latencies, share = runners[index].run(counts[index])
+                samples[names[index]].append(latencies)
+                waited[names[index]].extend([] if share is None else [share])
         memory = {name: runner.memory() for name, runner in zip(names, runners, strict=True)}
     return Timings(
         samples,
         {name: peak for name, (_, peak) in memory.items()},
         {name: start for name, (start, _) in memory.items()},
+        {name: float(np.mean(shares)) if shares else None for name, shares in waited.items()},
     )
 
 
@@ -259,12 +266,12 @@ def _digest(inputs: Arrays) -> str:
 
 def _runs_per_round(runner: Worker | Here, round_seconds: float) -> int:
     """How many runs fill a round; finding out is the warm-up, which lasts about as long as a round."""
-    (first,) = runner.run(1)
+    (first,), _ = runner.run(1)
     if first > 1e3 * round_seconds:
         return 1
     begin, samples = time.monotonic(), [first]
     while time.monotonic() - begin < round_seconds:
-        samples = runner.run(min(MOST_RUNS, max(2, 2 * len(samples))))
+        samples, _ = runner.run(min(MOST_RUNS, max(2, 2 * len(samples))))
     return min(MOST_RUNS, max(1, round(1e3 * round_seconds / max(float(np.median(samples)), 1e-6))))
 
 
@@ -280,8 +287,8 @@ class Here:
     def end_load(self) -> None:
         """Nothing to do."""
 
-    def run(self, count: int) -> list[float]:
-        """Milliseconds of `count` runs, after one that is not counted."""
+    def run(self, count: int) -> tuple[list[float], float | None]:
+        """Milliseconds of `count` runs, after one that is not counted; and the share of time spent waiting."""
         with _torch_threads(self._threads):
             return _timed(self._function, count)
 
@@ -322,10 +329,11 @@ class Worker:
         """Waits until the network is loaded."""
         self._answer()
 
-    def run(self, count: int) -> list[float]:
-        """Milliseconds of `count` runs, after one that is not counted."""
+    def run(self, count: int) -> tuple[list[float], float | None]:
+        """Milliseconds of `count` runs, after one that is not counted; and the share of time spent waiting."""
         self._send({"do": "run", "runs": count})
-        return [float(value) for value in self._answer()["latencies_ms"]]
+        answer = self._answer()
+        return answer["latencies_ms"], answer["waiting_share"]
 
     def memory(self) -> tuple[int | None, int | None]:
         """Bytes held before anything was loaded, and at most since."""
@@ -437,20 +445,42 @@ def _torch_threads(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _timed(function: Callable[[], object], count: int) -> list[float]:
-    """Milliseconds of `count` runs, after one that is not counted, without collecting garbage meanwhile."""
+def _timed(function: Callable[[], object], count: int) -> tuple[list[float], float | None]:
+    """Milliseconds of `count` runs, after one that is not counted, without collecting garbage meanwhile.
+
+    And the share of the time in which this process could have run that it waited for a processor.
+    """
     function()
     collecting = gc.isenabled()
     gc.disable()
     try:
+        before = _scheduled()
         stamps = [time.perf_counter_ns()]
         for _ in range(count):
             function()
             stamps.append(time.perf_counter_ns())
+        after = _scheduled()
     finally:
         if collecting:
             gc.enable()
-    return [round((end - begin) / 1e6, 5) for begin, end in itertools.pairwise(stamps)]
+    latencies = [round((end - begin) / 1e6, 5) for begin, end in itertools.pairwise(stamps)]
+    if before is None or after is None:
+        return latencies, None
+    ran, waited = (max(0, end - begin) for begin, end in zip(before, after, strict=True))
+    return latencies, round(waited / max(1, ran + waited), 4)
+
+
+def _scheduled() -> tuple[int, int] | None:
+    """Nanoseconds for which the threads of this process have run, and waited to run; None where Linux does not say."""
+    ran = waited = 0
+    try:
+        for task in os.scandir("/proc/self/task"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+                one, other, _ = Path(task.path, "schedstat").read_bytes().split()
+                ran, waited = ran + int(one), waited + int(other)
+    except (OSError, ValueError):
+        return None
+    return (ran, waited) if ran else None
 
 
 # ------------------------------------------------------------------------------------------------ the worker's side
@@ -522,7 +552,8 @@ def serve(requests: IO[bytes], answers: IO[bytes]) -> None:
                 answer = {}
             elif request["do"] == "run":
                 assert function is not None
-                answer = {"latencies_ms": _timed(function, request["runs"])}
+                latencies, waiting = _timed(function, request["runs"])
+                answer = {"latencies_ms": latencies, "waiting_share": waiting}
             else:
                 answer = {"start_rss_bytes": start, "peak_rss_bytes": peak_rss_bytes()}
         except Exception as error:

@@ -60,7 +60,7 @@ def applied(tmp_path_factory) -> Path:
 def test_apply_says_what_it_wrote(applied, tmp_path, capsys):
     (tmp_path / "plain.yaml").write_text("steps: []\ntarget: onnxruntime\n")
     assert run("apply", tmp_path / "plain.yaml", TINY, "--out", tmp_path / "out") == 0
-    out, err = capsys.readouterr()
+    out = capsys.readouterr().out
     assert re.fullmatch(r".*/out: [\d,]+ bytes, 0 layers changed, for onnxruntime\n", out)
     assert sum(p.stat().st_size for p in (tmp_path / "out").iterdir()) > 2 * sum(
         p.stat().st_size for p in applied.iterdir()
@@ -172,8 +172,9 @@ import torch
 from torch import nn
 from featherweight import Workload
 x = torch.randn(4, 8)
+def score(predict): return [1.0] * 4
 def made(**changes):
-    values = {"model": nn.Linear(8, 2).eval(), "example": (x,), "calibration": [(x,)], "score": lambda predict: [1.0] * 4}
+    values = {"model": nn.Linear(8, 2).eval(), "example": (x,), "calibration": [(x,)], "score": score}
     return Workload(**{**values, **changes})
 """
 BAD_WORKLOADS = {

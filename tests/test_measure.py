@@ -45,6 +45,7 @@ class Net(nn.Module):
         self.linear = nn.Linear(8, 4, bias=False)
         with torch.no_grad():
             self.linear.weight.copy_(torch.eye(4, 8))
+        self.requires_grad_(False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.linear(x)
@@ -77,6 +78,7 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "predict": predictor(Net()),
         "kernels": [Kernel("a", "MatMul", "int8", 3.0), Kernel("b", "Add", "fp32", 1.0)],
         "machine": {**machine(), "architecture": "x86_64", "features": ["avx512_vnni"]},
+        "waiting": 0.01,
         "calls": [],
     }
 
@@ -88,7 +90,7 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             for s in subjects
         }
         sizes = {s.name: None if s.run else 1000 for s in subjects}
-        return Timings(rounds, sizes, sizes)
+        return Timings(rounds, sizes, sizes, {s.name: says["waiting"] for s in subjects})
 
     class Fake:
         def profile(self, folder: Path, inputs: Any, threads: int) -> list[Kernel]:
@@ -341,6 +343,12 @@ def test_scores_of_another_length_cannot_be_compared(stage: dict[str, Any]) -> N
 
 # ------------------------------------------------------------------------------------------------ doubts
 
+
+def busy(stage: dict[str, Any]) -> dict[str, Any]:
+    stage["waiting"] = 0.4
+    return {}
+
+
 DOUBTS: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
     "no test": (lambda s: {"test_score": None}, "has no test_score, so the result is reported on the data"),
     "one number": (lambda s: {"score": lambda predict: 0.5}, "score gives one number, not one per example"),
@@ -357,6 +365,7 @@ DOUBTS: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
         ),
         "3 layers were asked for in int8, but the profile of openvino shows no int8 kernel.",
     ),
+    "busy": (busy, "kept the processors busy: of their time the timed ones waited for one (original 40%, artifact 40%"),
     "no profile": (lambda s: s.update(kernels=[]) or {}, "openvino gives no profile"),
     "no VNNI": (
         lambda s: s["machine"].update(features=["avx2"]) or s["artifact"].manifest.update(int8_layers=3) or {},

@@ -72,7 +72,7 @@ def _imports(module: str) -> frozenset[str]:
 
 def _unit(module: str) -> str:
     """The top-level module or folder that `module` belongs to; the package's own __init__ is `featherweight`."""
-    return (module.split(".") + [module])[1]
+    return [*module.split("."), module][1]
 
 
 def _layer(module: str) -> int:

@@ -173,6 +173,23 @@ def test_threads_of_this_process_are_set_and_given_back() -> None:
     assert seen == {before + 1} and torch.get_num_threads() == before
 
 
+def test_waiting_for_a_processor_is_noticed() -> None:
+    if timing._scheduled() is None or not hasattr(os, "sched_setaffinity"):
+        pytest.skip("the system does not say how long processes wait")
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as rival:  # on the same processor
+            found = interleave([Subject("a", run=lambda: sum(range(100_000)))], [], rounds=5, round_seconds=0.1)
+            rival.kill()
+    finally:
+        os.sched_setaffinity(0, before)
+    share = found.waiting_share["a"]
+    assert share is not None and 0.2 < share < 1
+    asleep = interleave([Subject("b", run=lambda: time.sleep(0.01))], [], **QUICK).waiting_share["b"]
+    assert asleep is not None and 0 <= asleep <= 1, "who sleeps does not wait"
+
+
 def test_garbage_is_not_collected_while_the_clock_runs() -> None:
     import gc
 

@@ -118,7 +118,9 @@ class DistillSoft(Pass):
         with thawed(model):
             parameters = trainable(model, self.where)
             with _training(model, list(parameters.values())):
-                losses = self._train(model, workload, islice(_batches(data, workload.example), steps), parameters, steps)
+                losses = self._train(
+                    model, workload, islice(_batches(data, workload.example), steps), parameters, steps
+                )
         span = max(1, len(losses) // 10)
         first, last = sum(losses[:span]) / span, sum(losses[-span:]) / span
         for layer in dict.fromkeys(layer_of(name) for name in parameters):

@@ -12,6 +12,7 @@ arXiv:1502.03167, algorithm 2.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -29,8 +30,8 @@ LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, *TRANSPOSED)
 
 
 def scaled_rows(
-    weight: Float[Tensor, "out *rest"], scale: Float[Tensor, " channels"], groups: int = 0
-) -> Float[Tensor, "out *rest"]:
+    weight: Float[Tensor, out * rest], scale: Float[Tensor, " channels"], groups: int = 0
+) -> Float[Tensor, out * rest]:
     """`weight` with each output channel times its scale.
 
     Args:
@@ -83,7 +84,7 @@ class FoldBatchnorm(Pass):
         return model
 
 
-def fold(name: str, layer: nn.Module, norm: nn.Module) -> None:
+def fold(name: str, layer: Any, norm: Any) -> None:
     """Gives `layer`, called `name` in messages, the weights and bias with which it does what `norm` did after it.
 
     Raises:

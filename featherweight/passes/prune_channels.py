@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated
 
 import numpy as np
@@ -52,7 +53,9 @@ def sampled_loss(logits: Tensor, rng: torch.Generator) -> Tensor:
     return nn.functional.cross_entropy(rows, labels, reduction="sum")
 
 
-def removals(scores: Sequence[Scores], costs: Sequence[float], widths: Sequence[int], share: float, multiple: int, uniform: bool) -> list[int]:
+def removals(
+    scores: Sequence[Scores], costs: Sequence[float], widths: Sequence[int], share: float, multiple: int, uniform: bool
+) -> list[int]:
     """How many units of each group go: those that matter least for what they cost, in steps that keep widths round.
 
     Args:
@@ -71,7 +74,7 @@ def removals(scores: Sequence[Scores], costs: Sequence[float], widths: Sequence[
         ordered, step = np.sort(values), max(1, multiple // width)
         start = len(values) % step
         edges = ([0] if start else []) + list(range(start, len(values), step))
-        for position, (low, high) in enumerate(zip(edges, edges[1:], strict=False)):
+        for position, (low, high) in enumerate(pairwise(edges)):
             rank = position / max(1, len(edges)) if uniform else float(ordered[low:high].mean()) / max(cost, 1e-12)
             blocks.append((rank, group, high - low))
     allowed = share * sum(len(values) * cost for values, cost in zip(scores, costs, strict=True))
@@ -104,7 +107,12 @@ class PruneChannels(Pass):
         free = self._free(groups(model, workload.example))
         scores = taylor(model, free, workload.calibration) if self.importance == "taylor" else magnitude(model, free)
         counts = removals(
-            scores, [g.macs for g in free], [g.width for g in free], self.share, self.multiple, self.allocation == "uniform"
+            scores,
+            [g.macs for g in free],
+            [g.width for g in free],
+            self.share,
+            self.multiple,
+            self.allocation == "uniform",
         )
         chosen = [
             (group, np.argsort(values, kind="stable")[:count].tolist())

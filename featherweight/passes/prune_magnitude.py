@@ -90,4 +90,4 @@ def _weight(name: str, layer: nn.Module) -> Tensor:
             f"prune_magnitude would zero weights of {name!r}, which an earlier step stored as {encoding.describe()}. "
             "Put prune_magnitude before that step."
         )
-    return layer.weight.detach()  # type: ignore[union-attr, operator, no-any-return]
+    return layer.weight.detach()  # type: ignore[operator]

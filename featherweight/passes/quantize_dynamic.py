@@ -28,7 +28,7 @@ class QuantizeDynamic(Pass):
         layers = select(model, self.where, (nn.Linear, nn.Embedding))
         refuse_quantized(layers, self.name())
         for name, layer in layers.items():
-            weight = layer.weight.detach()  # type: ignore[union-attr, operator]
+            weight = layer.weight.detach()  # type: ignore[operator]
             encoding = Affine(weight, affine_scale(weight, 8, 0), bits=8, axis=0)
             encode(layer, encoding)
             if isinstance(layer, nn.Linear):

@@ -13,6 +13,7 @@ section 3; bias correction: Nagel et al. 2019, arXiv:1906.04721, equation 16.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -53,7 +54,9 @@ def least_error_range(values: Float[Tensor, " n"], low: float, high: float) -> t
     return low * share, high * share
 
 
-def bias_shift(error: Float[Tensor, "out in *kernel"], mean: Float[Tensor, " channels"], groups: int) -> Float[Tensor, " out"]:
+def bias_shift(
+    error: Float[Tensor, "out in *kernel"], mean: Float[Tensor, " channels"], groups: int
+) -> Float[Tensor, " out"]:
     """What rounding did to a layer's mean output: (ŵ − w) · E[x], summed over kernel positions.
 
     Args:
@@ -124,7 +127,7 @@ class QuantizeStatic(Pass):
         weighted = {name: layer for name, layer in layers.items() if isinstance(layer, WEIGHTED)}
         statistics = _watch(model, weighted, workload)
         for name, layer in layers.items():
-            weight = layer.weight.detach()  # type: ignore[union-attr, operator]
+            weight = layer.weight.detach()  # type: ignore[operator]
             encoding = Affine(weight, affine_scale(weight, 8, 0), bits=8, axis=0)
             encode(layer, encoding)
             if name not in statistics:
@@ -138,7 +141,7 @@ class QuantizeStatic(Pass):
         return model
 
 
-def _watch(model: nn.Module, layers: dict[str, nn.Module], workload: Workload) -> dict[str, InputStatistics]:
+def _watch(model: nn.Module, layers: Mapping[str, nn.Module], workload: Workload) -> dict[str, InputStatistics]:
     """Statistics of every layer's input; layers that calibration never reaches have none."""
     keep = max(1, SAMPLE // len(workload.calibration))
     found: dict[str, InputStatistics] = {}
@@ -156,4 +159,4 @@ def _correct_bias(layer: nn.Module, error: Tensor, mean: Tensor) -> None:
     if layer.bias is None:
         layer.bias = nn.Parameter(-shift)
     else:
-        layer.bias.data -= shift  # type: ignore[operator, union-attr]
+        layer.bias.data -= shift  # type: ignore[operator]

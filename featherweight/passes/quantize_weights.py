@@ -54,7 +54,7 @@ class QuantizeWeights(Pass):
         layers = select(model, self.where, KINDS)
         refuse_quantized(layers, self.name())
         for name, layer in layers.items():
-            weight = layer.weight.detach()  # type: ignore[union-attr, operator]
+            weight = layer.weight.detach()  # type: ignore[operator]
             if weight[0].numel() < 2:
                 left(name, "its rows hold one weight each: a scale would weigh more than it saves")
                 continue

@@ -20,7 +20,6 @@ from featherweight.errors import ExportError
 from featherweight.targets import Arrays, Kernel, Runner, Target
 
 if TYPE_CHECKING:
-    import onnx_ir
     from torch import nn
 
     from featherweight.workload import Workload
@@ -61,7 +60,7 @@ class ONNXRuntime(Target):
         names = [value.name for value in session.get_inputs()]
 
         def run(inputs: Arrays) -> list[np.ndarray]:
-            return session.run(None, dict(zip(names, inputs, strict=True)))  # type: ignore[no-any-return]
+            return session.run(None, dict(zip(names, inputs, strict=True)))
 
         return run
 
@@ -72,7 +71,9 @@ class ONNXRuntime(Target):
             for _ in range(3):
                 session.run(None, dict(zip(names, inputs, strict=True)))
             events = json.loads(Path(session.end_profiling()).read_text())
-        return [_kernel(event) for event in events if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")]
+        return [
+            _kernel(event) for event in events if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")
+        ]
 
 
 def _session(source: Path | bytes, threads: int, profile: str = "") -> Any:
@@ -97,7 +98,7 @@ def _kernel(event: dict[str, Any]) -> Kernel:
 # -------------------------------------------------------------------------------- what this runtime wants
 
 
-def turn_weights(graph: onnx_ir.Graph) -> None:
+def turn_weights(graph: Any) -> None:
     """Transpose(DequantizeLinear(codes)) becomes DequantizeLinear(transposed codes), which a kernel can read."""
     import onnx_ir
 
@@ -121,7 +122,7 @@ def turn_weights(graph: onnx_ir.Graph) -> None:
     _drop_unused(graph)
 
 
-def complete(network: onnx_ir.Model, workload: Workload) -> None:
+def complete(network: Any, workload: Workload) -> None:
     """Adds the pairs of QuantizeLinear and DequantizeLinear without which int8 kernels would not run."""
     _move_before_commuting(network.graph)
     _share_pairs(network.graph)
@@ -140,12 +141,12 @@ def _readers(value: Any) -> list[Any]:
     return [usage.node for usage in value.uses()]
 
 
-def _put(graph: onnx_ir.Graph, node: Any, before: Any, like: Any) -> None:
+def _put(graph: Any, node: Any, before: Any, like: Any) -> None:
     graph.insert_before(before, node)
     node.outputs[0].dtype, node.outputs[0].shape = like.dtype, like.shape
 
 
-def _drop_unused(graph: onnx_ir.Graph) -> None:
+def _drop_unused(graph: Any) -> None:
     for node in reversed(list(graph)):
         if not any(out.uses() or out.is_graph_output() for out in node.outputs):
             graph.remove(node, safe=True)
@@ -154,7 +155,7 @@ def _drop_unused(graph: onnx_ir.Graph) -> None:
             del graph.initializers[name]
 
 
-def _move_before_commuting(graph: onnx_ir.Graph) -> None:
+def _move_before_commuting(graph: Any) -> None:
     """Quantizes the input of a pooling or reshape as its output is quantized, from the last such node to the first."""
     for node in reversed(list(graph)):
         if node.op_type not in COMMUTES or node.inputs[0].const_value is not None:
@@ -166,7 +167,7 @@ def _move_before_commuting(graph: onnx_ir.Graph) -> None:
             node.replace_input_with(0, end)
 
 
-def _share_pairs(graph: onnx_ir.Graph) -> None:
+def _share_pairs(graph: Any) -> None:
     """Where a quantized layer reads a tensor through a pair, an addition that reads it too does so through the same."""
     for node in list(graph):
         if node.op_type != "Add":
@@ -179,7 +180,7 @@ def _share_pairs(graph: onnx_ir.Graph) -> None:
                 node.replace_input_with(index, end.outputs[0])
 
 
-def _move_before(graph: onnx_ir.Graph, nodes: list[Any], reader: Any) -> None:
+def _move_before(graph: Any, nodes: list[Any], reader: Any) -> None:
     """Keeps the order of the graph topological: `nodes` stand before `reader`."""
     order = {id(node): place for place, node in enumerate(graph)}
     for node in nodes:
@@ -188,7 +189,7 @@ def _move_before(graph: onnx_ir.Graph, nodes: list[Any], reader: Any) -> None:
             graph.insert_before(reader, node)
 
 
-def _outputs_without_pair(graph: onnx_ir.Graph) -> list[Any]:
+def _outputs_without_pair(graph: Any) -> list[Any]:
     """Outputs of quantized convolutions, and of additions of such, that nobody quantizes yet."""
     bare: list[Any] = []
     seen: set[str] = set()
@@ -214,7 +215,7 @@ def _after_activation(value: Any) -> Any:
     return readers[0].outputs[0] if len(readers) == 1 and readers[0].op_type in ACTIVATIONS else value
 
 
-def _ranges(network: onnx_ir.Model, values: list[Any], workload: Workload) -> Iterator[tuple[float, float]]:
+def _ranges(network: Any, values: list[Any], workload: Workload) -> Iterator[tuple[float, float]]:
     """The smallest and largest value of each tensor over some calibration batches, from the graph itself."""
     import onnx_ir
 
@@ -236,25 +237,27 @@ def _ranges(network: onnx_ir.Model, values: list[Any], workload: Workload) -> It
     return iter(zip(low.tolist(), high.tolist(), strict=True))
 
 
-def _insert_pair(graph: onnx_ir.Graph, value: Any, low: float, high: float) -> None:
+def _insert_pair(graph: Any, value: Any, low: float, high: float) -> None:
     """All readers of `value` see it rounded to 256 steps from `low` to `high`."""
     import onnx_ir
 
     scale = np.float32(max((high - low) / 255, 1e-30))
     constants = []
     for ending, array in (("scale", scale), ("zero_point", np.uint8(round(-low / float(scale))))):
-        constant = onnx_ir.Value(name=f"{value.name}.{ending}", const_value=onnx_ir.tensor(np.array(array)))
-        constant.dtype, constant.shape = constant.const_value.dtype, onnx_ir.Shape(())
+        tensor = onnx_ir.tensor(np.array(array))
+        constant = onnx_ir.Value(name=f"{value.name}.{ending}", const_value=tensor)
+        constant.dtype, constant.shape = tensor.dtype, onnx_ir.Shape(())
         graph.register_initializer(constant)
         constants.append(constant)
     readers = [(usage.node, usage.idx) for usage in value.uses()]
     first = next(node for node in graph if any(node is reader for reader, _ in readers))
-    end = _pair(graph, value, *constants, before=first)
+    scale_value, zero_value = constants
+    end = _pair(graph, value, scale_value, zero_value, before=first)
     for reader, index in readers:
         reader.replace_input_with(index, end)
 
 
-def _pair(graph: onnx_ir.Graph, value: Any, scale: Any, zero_point: Any, before: Any) -> Any:
+def _pair(graph: Any, value: Any, scale: Any, zero_point: Any, before: Any) -> Any:
     """The output of a new pair on `value`, standing before `before`."""
     import onnx_ir
 

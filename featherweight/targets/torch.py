@@ -64,13 +64,18 @@ class Torch(Target):
         from featherweight.workload import outputs
 
         check_archive(folder / "model.pt2")
-        network = use_int8(torch.export.load(folder / "model.pt2").module())
+        program = torch.export.load(folder / "model.pt2")
+        names = program.call_spec.in_spec.child(1).context or ()  # of inputs given by keyword
+        network = use_int8(program.module())
+
+        def call(values: list[torch.Tensor]) -> object:
+            return network(**dict(zip(names, values, strict=True))) if names else network(*values)
 
         def run(inputs: Arrays) -> list[np.ndarray]:
             if torch.get_num_threads() != threads:
                 torch.set_num_threads(threads)
             with torch.inference_mode():
-                return [value.numpy() for value in outputs(network(*[torch.from_numpy(array) for array in inputs]))]
+                return [value.numpy() for value in outputs(call([torch.from_numpy(array) for array in inputs]))]
 
         return run
 
@@ -82,7 +87,12 @@ class Torch(Target):
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             run(inputs)
         return [
-            Kernel(event.key, event.key, "int8" if event.key.startswith(INT8_OPERATORS) else "fp32", event.self_cpu_time_total / 1e3)
+            Kernel(
+                event.key,
+                event.key,
+                "int8" if event.key.startswith(INT8_OPERATORS) else "fp32",
+                event.self_cpu_time_total / 1e3,
+            )
             for event in profiler.key_averages()
         ]
 

@@ -160,7 +160,11 @@ def test_only_the_chosen_layers_move_and_flags_stay():
         DistillSoft(where="2").apply(student, workload)
     assert [layer for layer, _ in coverage.done] == ["2"]
     assert "distilled 4 steps, loss" in coverage.done[0][1]
-    moved = [name for (name, a), (_, b) in zip(student.named_parameters(), before.named_parameters()) if not a.equal(b)]
+    moved = [
+        name
+        for (name, a), (_, b) in zip(student.named_parameters(), before.named_parameters(), strict=True)
+        if not a.equal(b)
+    ]
     assert moved == ["2.weight"]
     assert torch.equal(student[4].weight, before[4].weight)
     flags = [(name, p.requires_grad, p.grad) for name, p in student.named_parameters()]
@@ -238,7 +242,10 @@ def test_keyword_batches_and_pairs_of_them():
     ("train", "message"),
     [
         ([], "found no batches in train: it is empty"),
-        ([(torch.randn(4, 3), torch.zeros(4))], r"no batch like example.*for one input and a label that is \(\(x,\), y\)"),
+        (
+            [(torch.randn(4, 3), torch.zeros(4))],
+            r"no batch like example.*for one input and a label that is \(\(x,\), y\)",
+        ),
         ([torch.randn(4, 3)], "train yields a Tensor"),
     ],
 )
@@ -266,7 +273,13 @@ class Several(nn.Module):
 
     def forward(self, x):
         logits = self.a(x)
-        return logits, self.b(x[:, None].expand(-1, 5, -1)), {"map": self.c(x.view(-1, 1, 2, 2))}, self.d(x), logits.argmax(-1)
+        return (
+            logits,
+            self.b(x[:, None].expand(-1, 5, -1)),
+            {"map": self.c(x.view(-1, 1, 2, 2))},
+            self.d(x),
+            logits.argmax(-1),
+        )
 
 
 @pytest.mark.parametrize("loss", ["auto", "kl", "mse"])
@@ -276,7 +289,11 @@ def test_every_floating_output_is_learnt(loss):
     student = damaged(workload.model)
     trained = DistillSoft(epochs=80, loss=loss).apply(copy.deepcopy(student), workload)
     errors = [
-        [float((a - b).square().mean()) for a, b in zip(outputs(call(m, batches[0])), outputs(call(workload.model, batches[0]))) if a.is_floating_point()]
+        [
+            float((a - b).square().mean())
+            for a, b in zip(outputs(call(m, batches[0])), outputs(call(workload.model, batches[0])), strict=True)
+            if a.is_floating_point()
+        ]
         for m in (student, trained)
     ]
     judged = slice(0, 3) if loss == "kl" else slice(0, 4)  # a softmax over one class is blind
@@ -321,7 +338,9 @@ def test_a_loss_that_is_no_number():
 
 def test_nothing_to_train():
     workload = networks()["mlp"]
-    with pytest.raises(LayerError, match=r"matches none of the 3 layers of Sequential that can be trained. They are: 0, 2, 4"):
+    with pytest.raises(
+        LayerError, match=r"matches none of the 3 layers of Sequential that can be trained. They are: 0, 2, 4"
+    ):
         DistillSoft(where="5").apply(copy.deepcopy(workload.model), workload)
     frozen = copy.deepcopy(workload.model).requires_grad_(False)
     with pytest.raises(LayerError, match="Set requires_grad"):

@@ -209,7 +209,9 @@ def test_rounded_weights_are_refused_and_masked_ones_keep_their_zeros():
     workload = Workload(model, (x,), [(x,)], lambda predict: 0.0)
     rounded = copy.deepcopy(model)
     encode(rounded[0], Affine(rounded[0].weight, affine_scale(rounded[0].weight, 8, 0), bits=8))
-    with pytest.raises(RecipeError, match="'0', which an earlier step stored as int8 per channel. Put fold_batchnorm before"):
+    with pytest.raises(
+        RecipeError, match=r"'0', which an earlier step stored as int8 per channel\. Put fold_batchnorm before"
+    ):
         FoldBatchnorm().apply(rounded, workload)
     masked = copy.deepcopy(model)
     mask = torch.rand_like(masked[0].weight) > 0.5

@@ -124,5 +124,7 @@ def test_zeros_make_no_dense_file_smaller(tmp_path):
 def test_rounded_weights_are_refused():
     model = nn.Sequential(nn.Linear(4, 4))
     encode(model[0], Affine(model[0].weight, affine_scale(model[0].weight, 8, 0), bits=8))
-    with pytest.raises(RecipeError, match="'0', which an earlier step stored as int8 per channel. Put prune_magnitude before"):
+    with pytest.raises(
+        RecipeError, match=r"'0', which an earlier step stored as int8 per channel\. Put prune_magnitude before"
+    ):
         PruneMagnitude().apply(model, workload_of(model, torch.randn(2, 4)))

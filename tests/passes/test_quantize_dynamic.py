@@ -16,7 +16,9 @@ def test_inputs_larger_than_calibration_survive():
     seen, later = torch.randn(64, 32), 20 * torch.randn(64, 32)
     workload = Workload(model, (seen[:1],), [(seen,)], lambda predict: 0.0)
     errors = {
-        step.name(): ((step.apply(copy.deepcopy(model), workload)(later) - model(later)).norm() / model(later).norm()).item()
+        step.name(): (
+            (step.apply(copy.deepcopy(model), workload)(later) - model(later)).norm() / model(later).norm()
+        ).item()
         for step in (QuantizeDynamic(), QuantizeStatic())
     }
     assert errors["quantize_dynamic"] < 0.02 < errors["quantize_static"]

@@ -8,7 +8,13 @@ from torch import nn
 
 from featherweight.encodings import Affine, affine_scale
 from featherweight.errors import RecipeError
-from featherweight.passes.quantize_static import InputStatistics, QuantizeStatic, bias_shift, least_error_range, squared_error
+from featherweight.passes.quantize_static import (
+    InputStatistics,
+    QuantizeStatic,
+    bias_shift,
+    least_error_range,
+    squared_error,
+)
 from featherweight.surgery import encoding_of, input_quantizer, recording
 from featherweight.workload import Workload
 
@@ -100,7 +106,9 @@ def test_quantizing_twice_is_refused_and_says_what_to_do():
     model = nn.Sequential(nn.Linear(8, 4))
     workload = workload_of(copy.deepcopy(model), torch.rand(32, 8))
     once = QuantizeStatic().apply(model, workload)
-    with pytest.raises(RecipeError, match=r"would quantize '0', which an earlier step stored as int8 per channel.*where: '!0'"):
+    with pytest.raises(
+        RecipeError, match=r"would quantize '0', which an earlier step .* int8 per channel.*where: '!0'"
+    ):
         QuantizeStatic().apply(once, workload)
 
 
