@@ -24,8 +24,8 @@ import torch
 from jaxtyping import Int
 from torch import fx
 
-Nodes = Int[np.ndarray, " indices"]
-Labels = tuple[Int[np.ndarray, " _"], ...]
+Nodes = Int[np.ndarray, " _"]
+Labels = tuple[Nodes, ...]
 FIXED = -1
 
 
@@ -69,7 +69,7 @@ class Ties:
         if (free := labels[labels >= 0]).size:
             self.frozen.append((free, why))
 
-    def unite(self, a: Nodes, b: Nodes, why: str) -> Nodes:
+    def unite(self, a: Int[np.ndarray, " n"], b: Int[np.ndarray, " n"], why: str) -> Int[np.ndarray, " n"]:
         """`a[i]` goes with `b[i]`; where one of the two is fixed, the other must stay, for the reason `why`."""
         both = (a >= 0) & (b >= 0)
         if both.any():
@@ -130,7 +130,7 @@ class Call:
         for nodes in labels:
             self.ties.freeze(nodes, why or f"feeds {self.where}, whose result depends on how many there are")
 
-    def unite(self, a: Nodes, b: Nodes) -> Nodes:
+    def unite(self, a: Int[np.ndarray, " n"], b: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
         return self.ties.unite(a, b, f"meets a fixed width at {self.where}")
 
     def unite_rows(self, rows: Int[np.ndarray, "rows columns"]) -> Int[np.ndarray, " rows"]:

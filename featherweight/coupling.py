@@ -236,7 +236,7 @@ def cut(model: nn.Module, cuts: Cuts) -> None:
     """
     touched: dict[str, nn.Module] = {}
     for names, dim, index in _collected(cuts, lambda group: group.slices):
-        old = _tensor(model, names[0])
+        old = tensor_of(model, names[0])
         keep = torch.ones(old.shape[dim], dtype=torch.bool)
         keep[index] = False
         new = old.detach().index_select(dim, keep.nonzero()[:, 0].to(old.device))
@@ -254,7 +254,7 @@ def silence(model: nn.Module, cuts: Cuts) -> None:
     """Sets to zero, in place, what reads the units: `model` then computes what it will without them."""
     with torch.no_grad():
         for names, dim, index in _collected(cuts, lambda group: group.inlets):
-            _tensor(model, names[0]).index_fill_(dim, torch.from_numpy(index), 0.0)
+            tensor_of(model, names[0]).index_fill_(dim, torch.from_numpy(index), 0.0)
 
 
 def trial(model: nn.Module, example: Batch, cuts: Cuts, tolerance: float = 1e-4) -> nn.Module:
@@ -292,7 +292,8 @@ def _collected(cuts: Cuts, slices: Callable[[Group], tuple[Slice, ...]]) -> list
     return [(names, dim, np.concatenate(parts)) for (names, dim), parts in found.items()]
 
 
-def _tensor(model: nn.Module, name: str) -> Tensor:
+def tensor_of(model: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer called `name`."""
     layer, _, tensor = name.rpartition(".")
     return getattr(model.get_submodule(layer), tensor)
 

@@ -515,8 +515,8 @@ def _waiting_doubts(shares: dict[str, float | None]) -> list[str]:
         return []
     told = ", ".join(f"{name} {share:.0%}" for name, share in known.items())
     return [
-        f"Other programs kept the processors busy: of their time the timed ones waited for one ({told}). Long runs suffer "
-        "more from that than short ones, so latency ratios are too large: time again on a quiet machine."
+        f"Other programs kept the processors busy: the timed ones spent part of their time waiting ({told}). Long runs "
+        "suffer more from that than short ones, so latency ratios are too large: time again on a quiet machine."
     ]
 
 

@@ -128,8 +128,8 @@ def encodings(model: nn.Module) -> dict[str, Encoding]:
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, Encoding):
-            layer, _, tensor = name.removesuffix(".0").rpartition(".parametrizations.")
-            found[f"{layer}.{tensor}" if layer else tensor] = module
+            layer, _, tensor = f".{name.removesuffix('.0')}".rpartition(".parametrizations.")
+            found[f"{layer}.{tensor}".lstrip(".")] = module
     return found
 
 

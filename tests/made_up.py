@@ -58,6 +58,7 @@ def measurement(recipe: Recipe | None = None, **changes: Any) -> Measurement:
         "fidelity": {"agreement": 0.98, "relative_error": 0.03},
         "coverage": [],
         "kernels": {},
+        "waiting_share": {},
         "machine": {"cpu": "a processor", "cores": 2, "memory_bytes": 8_000_000_000},
         "versions": {"torch": "2.13.0"},
         "doubts": [],

@@ -365,7 +365,10 @@ DOUBTS: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
         ),
         "3 layers were asked for in int8, but the profile of openvino shows no int8 kernel.",
     ),
-    "busy": (busy, "kept the processors busy: of their time the timed ones waited for one (original 40%, artifact 40%"),
+    "busy": (
+        busy,
+        "kept the processors busy: the timed ones spent part of their time waiting (original 40%, artifact 40%",
+    ),
     "no profile": (lambda s: s.update(kernels=[]) or {}, "openvino gives no profile"),
     "no VNNI": (
         lambda s: s["machine"].update(features=["avx2"]) or s["artifact"].manifest.update(int8_layers=3) or {},

@@ -74,7 +74,7 @@ def rate(step: int, steps: int) -> float:
     """The share of the full rate at `step` of `steps`: up over the first tenth, then down a cosine to zero.
 
     >>> [round(rate(step, 10), 2) for step in (0, 1, 5, 9)]
-    [1.0, 0.97, 0.5, 0.03]
+    [1.0, 0.98, 0.5, 0.02]
     """
     warm = max(1.0, WARM_UP * steps)
     if step + 1 < warm:
@@ -195,8 +195,8 @@ def layer_of(parameter: str) -> str:
     >>> layer_of("blocks.0.conv.bias"), layer_of("blocks.0.conv.parametrizations.weight.0.latent")
     ('blocks.0.conv', 'blocks.0.conv')
     """
-    layer, mark, _ = parameter.rpartition(".parametrizations.")
-    return layer if mark else parameter.rpartition(".")[0]
+    layer, mark, _ = f".{parameter}".rpartition(".parametrizations.")
+    return (layer if mark else parameter.rpartition(".")[0]).lstrip(".")
 
 
 def trainable(model: nn.Module, where: str) -> dict[str, nn.Parameter]:

@@ -1,23 +1,25 @@
-"""Removes whole channels, features and attention heads, so that what is left is an ordinary, narrower network.
+"""Removes whole channels, features and attention heads, so that an ordinary, narrower network is left.
 
-What hangs together goes together (`coupling`). How much a unit u matters is the change of the loss that first-order
-Taylor expansion predicts when the weights that read it are set to zero, squared and summed over calibration batches:
+What hangs together goes together: `coupling` finds the units. How much a unit u matters is how far the outputs move,
+to first order, when the weights that read u are set to zero, which is what its removal does:
 
-    I_u = Σ_batches (Σ_{w ∈ u} w · ∂L/∂w)²
+    I_u = Σ_b ( Σ_{w reads u} w · ∂L_b/∂w )²,    L_b = Σ_{i ∈ b} ⟨ε_i, f(x_i)⟩,    ε_i ~ N(0, 1) each
 
-There are no labels, and with the most likely class in their place the gradient nearly vanishes where the network is
-sure. So labels are drawn from the network's own predictions, which makes I an estimate of the Fisher information
-(Theis et al. 2018, arXiv:1801.05787); outputs that are no logits are multiplied by noise instead.
+for small batches b of the calibration data. There are no labels here, and guessing them helps little: at a trained
+network's own answers the gradient of its loss nearly vanishes. The noise ε stands for all directions in which the
+outputs could move: the expectation of I_u is Σ_i ‖Δ_u f(x_i)‖², the squared change itself (Hutchinson 1990,
+doi:10.1080/03610919008812866, on the Gauss-Newton matrix of the squared error), whatever the outputs mean.
 
-Source: Molchanov, Mallya, Tyree, Frosio, Kautz 2019, arXiv:1906.10771, equation 8; coupling as in Fang et al. 2023,
-arXiv:2301.12900; magnitude: Li et al. 2017, arXiv:1608.08710.
+Source: Molchanov, Mallya, Tyree, Frosio, Kautz 2019, arXiv:1906.10771, equation 8, for the importance; Li et al.
+2017, arXiv:1608.08710, for the magnitude of filters; Fang et al. 2023, arXiv:2301.12900, for what hangs together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import ceil, gcd
 from typing import Annotated
 
 import numpy as np
@@ -25,77 +27,99 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from featherweight.coupling import Cuts, Group, cut, groups, trial
+from featherweight.coupling import Group, Slice, groups, tensor_of, trial
 from featherweight.errors import LayerError
 from featherweight.passes import Pass
 from featherweight.settings import Choice, Range
 from featherweight.surgery import done, left, matches
-from featherweight.workload import Batch, Workload, call, outputs
+from featherweight.workload import Batch, Workload, call, like, outputs, tensors
 
-Scores = Float[np.ndarray, " units"]
+Scores = Float[np.ndarray, " _"]
+
+EXAMPLES = 128  # that importance is measured on
+BATCH = 2  # of them share a draw of noise: the more draws, the surer the estimate
+
+# ------------------------------------------------------------------------------------------------ mathematics
 
 
-def per_index(values: Tensor, dim: int) -> Float[np.ndarray, " size"]:
-    """The sums of `values` over all dimensions but `dim`."""
-    return values.detach().movedim(dim, 0).flatten(1).sum(1).double().numpy()
+def per_index(values: Float[Tensor, "*shape"], dim: int) -> Float[np.ndarray, " size"]:
+    """The sums of `values` over all dimensions but `dim`.
 
-
-def sampled_loss(logits: Tensor, rng: torch.Generator) -> Tensor:
-    """Cross-entropy against labels drawn from the predictions; noise times the outputs where they are no logits.
-
-    Args:
-        logits: (n, …, classes) or, when there is but one number per example, anything.
+    >>> per_index(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), dim=1)
+    array([4., 6.])
     """
-    if logits.dim() < 2 or logits.shape[-1] < 2:
-        return (logits * torch.randn(logits.shape, generator=rng)).sum()
-    rows = logits.flatten(0, -2)
-    labels = torch.multinomial(rows.detach().softmax(-1), 1, generator=rng)[:, 0]
-    return nn.functional.cross_entropy(rows, labels, reduction="sum")
+    return values.detach().movedim(dim, 0).flatten(1).sum(1).double().cpu().numpy()
 
 
-def removals(
-    scores: Sequence[Scores], costs: Sequence[float], widths: Sequence[int], share: float, multiple: int, uniform: bool
-) -> list[int]:
-    """How many units of each group go: those that matter least for what they cost, in steps that keep widths round.
+def noisy_loss(results: Sequence[Tensor], rng: torch.Generator) -> Float[Tensor, ""]:
+    """Σ ⟨ε, output⟩ over all outputs, each over its root mean square so that none drowns the others."""
+    total = torch.zeros(())
+    for output in results:
+        scale = output.detach().float().square().mean().sqrt().clamp(min=1e-12)
+        noise = torch.randn(output.shape, generator=rng).to(output)
+        total = total + ((output * noise).sum() / scale).to(total)
+    return total
+
+
+def edges(units: int, step: int) -> list[int]:
+    """How many of `units` can go so that a multiple of `step` stays, none and all left out.
+
+    >>> edges(20, 8), edges(16, 8), edges(6, 8)
+    ([0, 4, 12], [0, 8], [0])
+    """
+    return sorted({0, *range(units % step, units, step)})
+
+
+def uniform_removals(units: Sequence[int], steps: Sequence[int], share: float) -> list[int]:
+    """How many units of each group go: `share` of each, widths rounded up.
+
+    >>> uniform_removals([64, 20, 6], [8, 8, 1], share=0.5)
+    [32, 4, 3]
+    """
+    return [max(n for n in edges(count, step) if n <= share * count) for count, step in zip(units, steps, strict=True)]
+
+
+def global_removals(scores: Sequence[Scores], costs: Sequence[float], steps: Sequence[int], share: float) -> list[int]:
+    """How many units of each group go: those that matter least for what they cost, wherever they are.
 
     Args:
-        scores: of the units of each group.
-        costs: of one unit of each group, in any unit of arithmetic.
-        widths: channels in one unit of each group.
-        share: of the whole cost, 0 to 1.
-        multiple: what the channels that stay in a group are a multiple of, where its units allow it.
-        uniform: the same share of every group, in place of the least important anywhere.
+        scores: the importance of the units of each group.
+        costs: of one unit of each group.
+        steps: how many units go at a time.
+        share: of the summed cost that goes, to the nearest step.
 
-    >>> removals([np.array([1.0, 2.0, 9.0, 9.0]), np.array([8.0, 8.0])], [1.0, 1.0], [1, 1], 0.34, 1, False)
+    >>> global_removals([np.array([1.0, 2.0, 9.0, 9.0]), np.array([8.0, 8.0])], costs=[1, 1], steps=[1, 1], share=0.3)
     [2, 0]
     """
-    blocks: list[tuple[float, int, int]] = []  # (importance for the cost, group, units): taken from the front
-    for group, (values, cost, width) in enumerate(zip(scores, costs, widths, strict=True)):
-        ordered, step = np.sort(values), max(1, multiple // width)
-        start = len(values) % step
-        edges = ([0] if start else []) + list(range(start, len(values), step))
-        for position, (low, high) in enumerate(pairwise(edges)):
-            rank = position / max(1, len(edges)) if uniform else float(ordered[low:high].mean()) / max(cost, 1e-12)
-            blocks.append((rank, group, high - low))
-    allowed = share * sum(len(values) * cost for values, cost in zip(scores, costs, strict=True))
-    counts, spent = [0] * len(scores), 0.0
+    blocks = []  # importance over cost, group, how many units
+    for group, (values, cost, step) in enumerate(zip(scores, costs, steps, strict=True)):
+        ordered = np.sort(values)
+        for low, high in pairwise(edges(len(values), step)):
+            blocks.append((float(ordered[low:high].mean()) / max(cost, 1e-12), group, high - low))
+    missing = share * sum(len(values) * cost for values, cost in zip(scores, costs, strict=True))
+    counts = [0] * len(scores)
     for _, group, size in sorted(blocks):
-        if spent + size * costs[group] <= allowed * (1 + 1e-9):
-            counts[group] += size
-            spent += size * costs[group]
+        if missing < size * costs[group] / 2:
+            break
+        counts[group] += size
+        missing -= size * costs[group]
     return counts
+
+
+# ------------------------------------------------------------------------------------------------ the pass
 
 
 @dataclass(frozen=True, kw_only=True)
 class PruneChannels(Pass):
-    """Removes the channels, features and heads that matter least, wherever they are.
+    """Removes the channels, features and heads that matter least.
 
     Args:
-        share: of the arithmetic of all units that may go; what is left of the network's arithmetic is less than
-            1 - share, for a unit that goes takes rows of one layer and columns of the next.
-        importance: "taylor" (on calibration data) or "magnitude" (of the weights that compute a unit).
-        allocation: "global" (the least important for their cost, anywhere) or "uniform" (the same share everywhere).
-        multiple: widths that stay are a multiple of it; heads are never split.
+        share: of the arithmetic that hangs on removable units. Where units are made from units, as in convolutions
+            in a row, about (1 - share)² of it is left, and 1 - share where they are not, as in transformers.
+        importance: "taylor" (what the outputs lose, from calibration data) or "magnitude" (the norm of the weights
+            that make a unit).
+        allocation: "global" (the least important for their cost, anywhere) or "uniform" (`share` of each group).
+        multiple: of which the widths that stay are one. Heads count as they are.
     """
 
     share: Annotated[float, Range(0.0, 0.9)] = 0.3
@@ -104,102 +128,148 @@ class PruneChannels(Pass):
     multiple: Annotated[int, Range(1, 64)] = 8
 
     def apply(self, model: nn.Module, workload: Workload) -> nn.Module:
-        free = self._free(groups(model, workload.example))
-        scores = taylor(model, free, workload.calibration) if self.importance == "taylor" else magnitude(model, free)
-        counts = removals(
-            scores,
-            [g.macs for g in free],
-            [g.width for g in free],
-            self.share,
-            self.multiple,
-            self.allocation == "uniform",
+        scores = self._scores(model, self._chosen(groups(model, workload.example)), workload.calibration)
+        while True:
+            cuts = self._cuts(scores)
+            try:
+                pruned = trial(model, workload.example, cuts)
+                break
+            except LayerError:
+                scores = _without_refused(model, workload.example, cuts, scores)
+        going = {group: len(units) for group, units in cuts}
+        for group in scores:
+            _report(group, going.get(group, 0), self._step(group))
+        return pruned
+
+    def _chosen(self, found: Sequence[Group]) -> list[Group]:
+        """The groups of which something can go; why the others of those that `where` touches cannot is reported."""
+        chosen: list[Group] = []
+        reasons: dict[str, str] = {}
+        for group in found:
+            outside = [layer for layer in group.layers if not matches(layer, self.where)]
+            if len(outside) == len(group.layers):
+                continue
+            if group.frozen is not None:
+                reasons[group.name] = group.frozen
+            elif outside:
+                reasons[group.name] = f"hangs together with {outside[0]!r}, which where={self.where!r} leaves out"
+            else:
+                chosen.append(group)
+        if not chosen:
+            self._refuse(found, reasons)
+        for name, reason in reasons.items():
+            left(name, reason)
+        return chosen
+
+    def _refuse(self, found: Sequence[Group], reasons: Mapping[str, str]) -> None:
+        free = [group.name for group in found if group.frozen is None]
+        why = "; ".join(f"{name} {reason}" for name, reason in list(reasons.items())[:5])
+        raise LayerError(
+            f"where={self.where!r} chooses nothing that {self.name()} can remove channels of. "
+            + (f"What it chooses must stay: {why}. " if why else "")
+            + (f"Channels can go from: {', '.join(free[:20])}." if free else "Leave this step out.")
         )
-        chosen = [
+
+    def _scores(self, model: nn.Module, chosen: Sequence[Group], batches: Sequence[Batch]) -> dict[Group, Scores]:
+        values = taylor(model, chosen, batches) if self.importance == "taylor" else magnitude(model, chosen)
+        return dict(zip(chosen, values, strict=True))
+
+    def _step(self, group: Group) -> int:
+        return 1 if group.kind == "heads" else self.multiple // gcd(self.multiple, group.width)
+
+    def _cuts(self, scores: Mapping[Group, Scores]) -> list[tuple[Group, list[int]]]:
+        steps = [self._step(group) for group in scores]
+        if self.allocation == "uniform":
+            counts = uniform_removals([len(group) for group in scores], steps, self.share)
+        else:
+            counts = global_removals(list(scores.values()), [group.macs for group in scores], steps, self.share)
+        return [
             (group, np.argsort(values, kind="stable")[:count].tolist())
-            for group, values, count in zip(free, scores, counts, strict=True)
+            for (group, values), count in zip(scores.items(), counts, strict=True)
             if count
         ]
-        for group, units in _safe(model, workload.example, chosen):
-            width = len(group) * group.width
-            kind = group.kind if group.kind != "heads" else "features in whole heads"
-            done(group.name, f"{width} to {width - len(units) * group.width} {kind}")
-        return model
-
-    def _free(self, found: Sequence[Group]) -> list[Group]:
-        """The groups that `where` chooses and that can be cut; the others are reported."""
-        chosen = [group for group in found if all(matches(layer, self.where) for layer in group.layers)]
-        free = [group for group in chosen if group.frozen is None and len(group) > 1]
-        for group in chosen:
-            if group.frozen is not None:
-                left(group.name, group.frozen)
-        if not free:
-            names = ", ".join(group.name for group in found[:20])
-            reasons = "; ".join(f"{group.name}: {group.frozen}" for group in chosen[:5])
-            raise LayerError(
-                f"where={self.where!r} leaves {self.name()} nothing to cut. "
-                + (f"What it chooses must stay: {reasons}. " if reasons else f"There are: {names or 'no groups'}. ")
-                + "Choose other layers, or leave the step out."
-            )
-        return free
 
 
-def _safe(model: nn.Module, example: Batch, cuts: Cuts) -> list[tuple[Group, Sequence[int]]]:
-    """Cuts `model` by all of `cuts` that leave the rest of it as it was, and returns those; the others are reported."""
-    try:
-        trial(model, example, cuts)
-        kept = list(cuts)
-    except LayerError:
-        kept = []
-        for group, units in cuts:
-            try:
-                trial(model, example, [(group, units)])
-                kept.append((group, units))
-            except LayerError as error:
-                left(group.name, str(error))
-    cut(model, kept)
-    return kept
+def _without_refused(
+    model: nn.Module, example: Batch, cuts: Sequence[tuple[Group, list[int]]], scores: Mapping[Group, Scores]
+) -> dict[Group, Scores]:
+    """`scores` without the groups that cannot be cut after all, which are reported."""
+    kept: list[tuple[Group, list[int]]] = []
+    refused = set()
+    for group, units in cuts:
+        try:
+            trial(model, example, [*kept, (group, units)])
+            kept.append((group, units))
+        except LayerError as error:
+            left(group.name, str(error))
+            refused.add(group)
+    return {group: values for group, values in scores.items() if group not in refused}
 
 
-def _unit_sums(group: Group, sums: dict[str, list[np.ndarray]], role: str) -> Scores:
-    """Per unit, the sums of the tensors that make or read it; `sums` holds them by tensor and dimension."""
-    slices = group.inlets if role == "reads" else [s for s in group.slices if s.role == role]
-    return np.sum([sums[s.names[0]][s.dim][s.index].sum(1) for s in slices], axis=0)
+def _report(group: Group, count: int, step: int) -> None:
+    width = 1 if group.kind == "heads" else group.width
+    before, after = len(group) * width, (len(group) - count) * width
+    if count:
+        done(group.name, f"{before} -> {after} {group.kind}")
+    elif len(edges(len(group), step)) == 1:
+        left(group.name, f"its {before} {group.kind} are too few to remove {step * width} at a time")
+    else:
+        left(group.name, "matters too much for the share that was asked for")
 
 
-def taylor(model: nn.Module, found: Sequence[Group], batches: Sequence[Batch]) -> list[Scores]:
-    """The importance of every unit of every group by first-order Taylor expansion, summed over `batches`."""
+# ------------------------------------------------------------------------------------------------ importance
+
+
+def magnitude(model: nn.Module, chosen: Sequence[Group]) -> list[Scores]:
+    """The L2 norm of the weights that make each unit, times its cost, so that the norms alone compete."""
+    return [
+        group.macs * np.sqrt(_over_slices(makers, {s: per_index(_of(model, s).square(), s.dim) for s in makers}))
+        for group in chosen
+        for makers in [[s for s in group.slices if s.role == "makes"]]
+    ]
+
+
+def taylor(model: nn.Module, chosen: Sequence[Group], batches: Sequence[Batch]) -> list[Scores]:
+    """The importance I_u of every unit u of the groups, by first-order Taylor expansion."""
+    inlets = [[s for s in group.inlets if isinstance(_of(model, s), nn.Parameter)] for group in chosen]
+    read = {s.names[0]: tensor_of(model, s.names[0]) for found in inlets for s in found}
+    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    total = [np.zeros(len(group)) for group in chosen]
     rng = torch.Generator().manual_seed(0)
-    parameters = {s.names[0]: model.get_parameter(s.names[0]) for g in found for s in g.inlets}
-    before = {name: parameter.requires_grad for name, parameter in parameters.items()}
-    total = [np.zeros(len(group)) for group in found]
     try:
-        for parameter in parameters.values():
-            parameter.requires_grad_(True)
-        for batch in batches:
+        for parameter in wanted:
+            parameter.requires_grad_(any(parameter is weight for weight in read.values()))
+        for batch in _small(batches):
             with torch.enable_grad():
-                results = [output for output in outputs(call(model, batch)) if output.is_floating_point()]
-                loss = torch.stack([sampled_loss(output, rng) for output in results]).sum()
-                gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-            sums = {
-                name: [per_index((0 if g is None else g) * p.detach(), dim) for dim in range(p.dim())]
-                for (name, p), g in zip(parameters.items(), gradients, strict=True)
+                loss = noisy_loss([y for y in outputs(call(model, batch)) if y.is_floating_point()], rng)
+                gradients = torch.autograd.grad(loss, list(read.values()), allow_unused=True)
+            effects = {
+                name: weight.detach() * (torch.zeros_like(weight) if gradient is None else gradient)
+                for (name, weight), gradient in zip(read.items(), gradients, strict=True)
             }
-            for index, group in enumerate(found):
-                total[index] += _unit_sums(group, sums, "reads") ** 2
+            for score, found in zip(total, inlets, strict=True):
+                score += _over_slices(found, {s: per_index(effects[s.names[0]], s.dim) for s in found}) ** 2
     finally:
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(before[name])
+        for parameter, flag in wanted.items():
+            parameter.requires_grad_(flag)
     return total
 
 
-def magnitude(model: nn.Module, found: Sequence[Group]) -> list[Scores]:
-    """The squared L2 norm of the weights that compute each unit, over the mean of its group."""
-    scores = []
-    for group in found:
-        made = {s.names[0] for s in group.slices if s.role == "makes"}
-        tensors = {name: model.get_parameter(name).detach() for name in made}
-        sums = {name: [per_index(t**2, dim) for dim in range(t.dim())] for name, t in tensors.items()}
-        values = _unit_sums(group, sums, "makes")
-        # Over the cost too, so that the division by the cost in `removals` leaves the relative norm.
-        scores.append(values / max(values.mean(), 1e-30) * group.macs)
-    return scores
+def _over_slices(slices: Sequence[Slice], values: Mapping[Slice, Float[np.ndarray, " size"]]) -> Scores:
+    """Per unit, the sum of the values of its indices."""
+    return np.sum([values[s][s.index].sum(1) for s in slices], axis=0)
+
+
+def _of(model: nn.Module, s: Slice) -> Tensor:
+    return tensor_of(model, s.names[0])
+
+
+def _small(batches: Sequence[Batch]) -> Iterator[Batch]:
+    """Batches of `BATCH` examples, `EXAMPLES` in all, from the beginning of each of `batches`."""
+    left_over, each = EXAMPLES, ceil(EXAMPLES / len(batches))
+    for batch in batches:
+        values = [value[: min(each, left_over)] for value in tensors(batch)]
+        left_over -= len(values[0])
+        for parts in zip(*(value.split(BATCH) for value in values), strict=True):
+            if len(parts[0]):
+                yield like(batch, parts)

@@ -199,7 +199,7 @@ def test_folding_before_quantization_is_what_makes_rounding_see_the_weights_that
             rounded = step.apply(rounded, workload)
         weight = rounded[0].weight
         encode(rounded[0], Affine(weight, affine_scale(weight, 8, -1), bits=8, axis=-1))
-        errors.append(float((rounded(x) - wanted).square().mean()))
+        errors.append((rounded(x) - wanted).square().mean().item())
     assert errors[1] < 0.1 * errors[0]
 
 

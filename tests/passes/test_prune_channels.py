@@ -1,0 +1,303 @@
+"""Channel pruning: what goes is what the outputs miss least, and what is left is an ordinary, narrower network."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from featherweight.coupling import groups
+from featherweight.errors import LayerError, RecipeError
+from featherweight.passes.prune_channels import (
+    BATCH,
+    EXAMPLES,
+    PruneChannels,
+    edges,
+    global_removals,
+    magnitude,
+    noisy_loss,
+    per_index,
+    taylor,
+    uniform_removals,
+)
+from featherweight.passes.quantize_weights import QuantizeWeights
+from featherweight.surgery import Coverage, recording
+from featherweight.testing import networks
+from featherweight.workload import Batch, Workload, call, outputs
+
+DRAWS = EXAMPLES / BATCH
+
+
+def workload_of(model: nn.Module, batches: list[Batch]) -> Workload:
+    return Workload(model.eval(), batches[0], batches, lambda predict: 0.0)
+
+
+def pruned(workload: Workload, **settings) -> tuple[nn.Module, Coverage]:
+    with recording() as coverage:
+        model = PruneChannels(**settings).apply(copy.deepcopy(workload.model), workload)
+    return model, coverage
+
+
+def size(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def result(model: nn.Module, batch: Batch) -> Tensor:
+    with torch.no_grad():
+        return outputs(call(model, batch))[0]
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+def rows(width: int = 16, count: int = 128) -> list[Batch]:
+    return [(part,) for part in torch.randn(count, width).split(32)]
+
+
+def two_layers() -> nn.Module:
+    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 6)).eval()
+
+
+def free(model: nn.Module, example: Batch) -> list:
+    return [group for group in groups(model, example) if group.frozen is None]
+
+
+# ------------------------------------------------------------------------------------------------ mathematics
+
+
+def test_sums_per_index():
+    x = torch.randn(3, 4, 5)
+    assert np.allclose(per_index(x, 1), x.sum((0, 2)).numpy(), atol=1e-5)
+
+
+def test_noise_weighs_all_outputs_alike():
+    small, large = torch.randn(2000), 1e3 * torch.randn(2000)
+    rng = torch.Generator().manual_seed(1)
+    draws = [[noisy_loss([x], rng).item() for _ in range(200)] for x in (small, large)]
+    assert 0.8 < np.std(draws[0]) / np.std(draws[1]) < 1.25
+
+
+def test_widths_stay_multiples():
+    for units in (5, 16, 20, 64):
+        for step in (1, 8, 16):
+            left = [units - gone for gone in edges(units, step)]
+            assert left[0] == units and min(left) > 0
+            assert all(kept % step == 0 for kept in left[1:])
+
+
+def test_uniform_takes_the_share_of_each_group_or_less():
+    assert uniform_removals([64, 48, 4], [8, 8, 8], 0.3) == [16, 8, 0]
+    assert uniform_removals([64, 48, 4], [1, 1, 1], 0.25) == [16, 12, 1]
+
+
+def test_global_takes_what_matters_least_for_its_cost():
+    scores = [np.array([4.0, 1.0, 3.0, 2.0]), np.array([2.0, 2.0, 2.0, 2.0])]
+    assert global_removals(scores, [1.0, 1.0], [1, 1], 0.25) == [2, 0]
+    assert global_removals(scores, [1.0, 8.0], [1, 1], 8 / 36) == [0, 1]
+    assert global_removals(scores, [1.0, 1.0], [1, 1], 0.9) == [3, 3]  # one of each stays
+    assert global_removals(scores, [1.0, 1.0], [1, 1], 0.0) == [0, 0]
+
+
+def test_taylor_is_the_squared_change_of_the_outputs():
+    """Outputs are linear in what reads the units, so the estimate must agree with the removal of each."""
+    model, batches = two_layers(), rows()
+    (group,) = free(model, batches[0])
+    hidden = torch.relu(model[0](torch.cat([x for (x,) in batches])))
+    change = (hidden.square().sum(0) * model[2].weight.square().sum(0)).detach().numpy()
+    (found,) = taylor(model, [group], batches)
+    ratio = found / change
+    assert ratio.std() / ratio.mean() < 3 * (2 / DRAWS) ** 0.5  # squared normal draws, of sizes that differ
+
+
+def test_magnitude_is_the_norm_of_what_makes_a_unit():
+    model = two_layers()
+    (group,) = free(model, rows()[0])
+    (found,) = magnitude(model, [group])
+    assert np.allclose(found / group.macs, model[0].weight.detach().norm(dim=1).numpy(), rtol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ what it is for
+
+
+def trained() -> tuple[nn.Module, list[Batch]]:
+    """A network that has learnt to tell which of four directions a row points in."""
+    model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
+    directions = torch.randn(16, 4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(200):
+        x = torch.randn(128, 16)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), (x @ directions).argmax(1)).backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    return model.eval(), rows(count=256)
+
+
+def disguised(model: nn.Module) -> nn.Module:
+    """The same function, but half the units are made ten times as strong and read as much more weakly."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for made, read in ((model[0], model[2]), (model[2], model[4])):
+            strength = torch.where(torch.arange(64) % 2 == 0, 10.0, 1.0)
+            made.weight *= strength[:, None]
+            made.bias *= strength
+            read.weight /= strength
+    return model
+
+
+def harm(workload: Workload, model: nn.Module) -> float:
+    x = torch.randn(500, 16, generator=torch.Generator().manual_seed(9))
+    before, after = result(workload.model, (x,)), result(model, (x,))
+    return float((before - after).square().sum() / before.square().sum())
+
+
+def test_taylor_sees_through_weights_that_only_look_large_and_magnitude_does_not():
+    model, batches = trained()
+    plain, hidden = workload_of(model, batches), workload_of(disguised(model), batches)
+    settings = {"share": 0.2, "allocation": "uniform"}
+    by_taylor = [harm(w, pruned(w, importance="taylor", **settings)[0]) for w in (plain, hidden)]
+    by_norm = [harm(w, pruned(w, importance="magnitude", **settings)[0]) for w in (plain, hidden)]
+    assert by_taylor[1] == pytest.approx(by_taylor[0], rel=1e-3)  # it is the same function, and the same units go
+    assert by_taylor[1] < 0.6 * by_norm[1]
+    assert by_taylor[0] < 1.5 * by_norm[0]  # undisguised, norms do about as well: they cost no gradient
+
+
+def test_what_goes_matters_less_than_what_stays(monkeypatch: pytest.MonkeyPatch):
+    workload = workload_of(*trained())
+    least = harm(workload, pruned(workload, share=0.2)[0])
+    module = "featherweight.passes.prune_channels.taylor"
+    monkeypatch.setattr(module, lambda *args: [-scores for scores in taylor(*args)])
+    assert least < 0.3 * harm(workload, pruned(workload, share=0.2)[0])
+
+
+def test_one_competition_harms_less_than_a_quota_for_each_layer():
+    """The second layer is far wider than its rank: it can spare much more than the first."""
+    model, batches = trained()
+    with torch.no_grad():
+        model[2].weight[8:], model[2].bias[8:] = 1e-3 * model[2].weight[8:], 0.0
+    workload = workload_of(model, batches)
+    one, quota = (pruned(workload, share=0.4, allocation=a)[0] for a in ("global", "uniform"))
+    assert harm(workload, one) < 0.5 * harm(workload, quota)
+    assert one[2].out_features < one[0].out_features
+
+
+@pytest.mark.parametrize("importance", ["taylor", "magnitude"])
+@pytest.mark.parametrize("name", list(networks()))
+def test_networks_get_smaller_by_about_what_was_asked(name: str, importance: str):
+    workload = networks()[name]
+    small, coverage = pruned(workload, share=0.5, importance=importance, multiple=1)
+    assert result(small, workload.example).shape == result(workload.model, workload.example).shape
+    arithmetic = [sum(g.macs * len(g) for g in free(m, workload.example)) for m in (workload.model, small)]
+    assert 0.15 < arithmetic[1] / arithmetic[0] < 0.7
+    assert coverage.done and all(" -> " in what for _, what in coverage.done)
+    assert ("head" if name != "mlp" else "4", "is an output of the network") in coverage.left
+
+
+# ------------------------------------------------------------------------------------------------ widths, layers
+
+
+def test_widths_are_multiples_and_heads_stay_whole():
+    model, coverage = pruned(networks()["transformer"], share=0.5, allocation="uniform", multiple=16)
+    assert model.up.out_features == 32 and model.query.out_features == 16
+    assert ("query + key + value", "2 -> 1 heads") in coverage.done
+
+
+def test_too_few_channels_are_left_with_the_reason():
+    model, coverage = pruned(networks()["residual"], share=0.3, multiple=32, where="stem.0")
+    assert ("stem.0", "its 16 channels are too few to remove 32 at a time") in coverage.left
+    assert size(model) == size(networks()["residual"].model) and not coverage.done
+
+
+def test_what_is_not_cut_because_it_matters_is_said():
+    model = two_layers()
+    with torch.no_grad():
+        model[2].weight *= 100
+    both = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), *model).eval()
+    with torch.no_grad():
+        both[2].weight[:8] = 0.0
+    _, coverage = pruned(workload_of(both, rows()), share=0.05)
+    assert {what for _, what in coverage.left} >= {"matters too much for the share that was asked for"}
+
+
+def test_where_chooses_groups_and_what_hangs_outside_stays():
+    workload = networks()["residual"]
+    model, coverage = pruned(workload, where="conv*", share=0.5)
+    assert model.stem[0].out_channels == 16 and model.conv1.out_channels < 32 and model.conv2.out_channels == 32
+    assert (
+        "conv2 + shortcut.0",
+        "hangs together with 'shortcut.0', which where='conv*' leaves out",
+    ) in coverage.left
+
+
+@pytest.mark.parametrize("where", ["nothing", "head"])
+def test_nothing_to_cut_is_an_error_that_lists_what_can_be(where: str):
+    with pytest.raises(LayerError) as error:
+        pruned(networks()["residual"], where=where)
+    for part in (f"where='{where}'", "prune_channels", "Channels can go from: stem.0, conv1, conv2 + shortcut.0"):
+        assert part in str(error.value)
+    assert ("head is an output of the network" in str(error.value)) == (where == "head")
+
+
+class Fixed(nn.Module):
+    """One width is written into the code, the others are free."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.b(torch.relu(self.a(x))))
+        return self.d(torch.relu(self.c(x.reshape(x.shape[0], 2, 8).flatten(1))))
+
+
+def test_a_group_that_cannot_be_cut_after_all_is_left_and_the_others_give_more():
+    workload = workload_of(Fixed(), rows())
+    model, coverage = pruned(workload, share=0.5, allocation="uniform")
+    assert (model.a.out_features, model.b.out_features, model.c.out_features) == (8, 16, 8)
+    (why,) = [why for layer, why in coverage.left if layer == "b"]
+    assert why.startswith("its forward fixes the width: RuntimeError: shape '[32, 2, 8]' is invalid")
+    assert result(model, workload.example).shape == (32, 16)
+
+
+# ------------------------------------------------------------------------------------------------ manners
+
+
+def test_it_leaves_no_traces():
+    workload = networks()["depthwise"]
+    model = copy.deepcopy(workload.model)
+    model.head.weight.requires_grad_(False)
+    state = torch.get_rng_state()
+    small = PruneChannels(share=0.5).apply(model, workload)
+    assert torch.equal(torch.get_rng_state(), state)
+    for net in (small, workload.model):
+        assert all(p.grad is None for p in net.parameters())
+    assert not small.head.weight.requires_grad and small.narrow[0].weight.requires_grad
+    assert not any(module.training for module in small.modules())
+
+
+def test_it_works_where_gradients_are_off_and_repeats_itself():
+    workload = networks()["residual"]
+    with torch.no_grad():
+        a, b = (pruned(workload, share=0.4)[0].state_dict() for _ in range(2))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_importance_is_measured_on_a_bounded_number_of_examples():
+    seen = []
+    model = two_layers()
+    (group,) = free(model, rows()[0])
+    model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    taylor(model, [group], rows(count=1000))
+    assert sum(seen) == EXAMPLES
+
+
+def test_after_quantization_it_is_refused():
+    workload = networks()["mlp"]
+    model = QuantizeWeights().apply(copy.deepcopy(workload.model), workload)
+    with pytest.raises(RecipeError, match=r"int.*prune_channels, come before .* such as quantize_static"):
+        PruneChannels().apply(model, workload)

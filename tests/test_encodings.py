@@ -1,0 +1,205 @@
+"""Encodings: what is stored, what comes back, what gradients see, and what a file holds."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from featherweight.encodings import (
+    Affine,
+    DynamicQuantizer,
+    Encoding,
+    InputQuantizer,
+    Masked,
+    affine_scale,
+    fake_quantize,
+    pack4,
+    unpack4,
+)
+from featherweight.surgery import encode, encoding_of, thawed
+
+GRAINS = {"per tensor": (-1, 0), "per row": (0, 0), "per column": (1, 0), "blocks": (0, 16)}
+
+
+def affine(weight: torch.Tensor, bits: int, grain: str) -> Affine:
+    axis, block = GRAINS[grain]
+    return Affine(weight, affine_scale(weight, bits, axis, block), bits=bits, axis=axis, block=block)
+
+
+# ------------------------------------------------------------------------------------------------ packing
+
+
+@given(st.lists(st.integers(-8, 7), max_size=33))
+def test_four_bit_codes_come_back_in_half_the_bytes(codes):
+    packed = pack4(torch.tensor(codes, dtype=torch.int8))
+    assert packed.numel() == (len(codes) + 1) // 2
+    assert unpack4(packed, len(codes)).tolist() == codes
+
+
+# ------------------------------------------------------------------------------------------------ affine
+
+
+@pytest.mark.parametrize("grain", GRAINS)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_error_is_half_a_step_at_most(bits, grain):
+    weight = torch.randn(6, 64)
+    encoding = affine(weight, bits, grain)
+    axis, block = GRAINS[grain]
+    steps = encoding.scale
+    if block:
+        steps = steps.repeat_interleave(block, dim=1)
+    elif axis >= 0:
+        steps = steps.unsqueeze(1 - axis)
+    assert bool(((encoding.decode() - weight).abs() <= steps / 2 * 1.001).all())
+
+
+@pytest.mark.parametrize("grain", GRAINS)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_what_is_on_the_grid_stays_where_it_is(bits, grain):
+    encoding = affine(torch.randn(6, 64), bits, grain)
+    dense, codes = encoding.decode(), encoding.codes.clone()
+    assert torch.equal(encoding.project(dense), dense)
+    encoding.store(dense)
+    assert torch.equal(encoding.codes, codes)
+
+
+def test_finer_grains_are_closer_where_rows_differ_and_cost_more():
+    weight = torch.randn(8, 64) * torch.logspace(-2, 0, 8).unsqueeze(1)
+    found = [affine(weight, 4, grain) for grain in ("per tensor", "per row", "blocks")]
+    errors = [float(((e.decode() - weight) / weight.std(1, keepdim=True)).square().mean()) for e in found]
+    bits = [e.bits_per_weight for e in found]
+    assert errors[0] > 10 * errors[1] > 10 * errors[2] / 2
+    assert errors[1] > errors[2]
+    assert bits == pytest.approx([4 + 32 / 512, 4 + 32 / 64, 4 + 32 / 16])
+    assert [e.describe() for e in found] == ["int4 per tensor", "int4 per channel", "int4 blocks of 16"]
+
+
+def test_searching_a_scale_clips_for_the_sake_of_the_many():
+    weight = torch.randn(4, 512)
+    weight[:, 0] = 12.0
+    plain, searched = (Affine(weight, affine_scale(weight, 4, 0, search=s), bits=4) for s in (False, True))
+    error = [float((e.decode() - weight).square().sum()) for e in (plain, searched)]
+    assert error[1] < error[0]
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (3, 2, 3, 3), (5, 1, 3), (2, 3, 2, 2, 2)])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_any_shape_of_weight(bits, shape):
+    weight = torch.randn(shape)
+    assert Affine(weight, affine_scale(weight, bits, 0), bits=bits).decode().shape == shape
+
+
+def test_a_weight_of_zeros():
+    weight = torch.zeros(3, 4)
+    assert torch.equal(Affine(weight, affine_scale(weight, 8, 0, search=True), bits=8).decode(), weight)
+
+
+# ------------------------------------------------------------------------------------------------ as a parametrization
+
+
+def encodings_of(weight: torch.Tensor) -> list[Encoding]:
+    return [affine(weight, 8, "per row"), affine(weight, 4, "blocks"), Masked(weight, weight > 0)]
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_the_dense_weight_is_gone_and_the_codes_are_in_the_state(which):
+    layer = nn.Linear(32, 4)
+    encoding = encodings_of(layer.weight)[which]
+    encode(layer, encoding)
+    assert torch.equal(layer.weight, encoding.decode())
+    assert [name for name, _ in layer.named_parameters()] == ["bias"]
+    other = nn.Linear(32, 4)
+    encode(other, encodings_of(other.weight)[which])
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other.weight, layer.weight)
+    assert torch.equal(copy.deepcopy(layer).weight, layer.weight)
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_gradients_pass_straight_through_and_training_stays_on_the_grid(which):
+    torch.manual_seed(0)
+    layer, x = nn.Linear(32, 4), torch.randn(64, 32)
+    encode(layer, encodings_of(layer.weight)[which])
+    encoding = encoding_of(layer)
+    with thawed(layer):
+        assert torch.equal(layer.weight, encoding.project(encoding.latent))
+        layer(x).sum().backward()
+        through = x.sum(0).expand(4, 32)
+        wanted = through * encoding.mask if isinstance(encoding, Masked) else through
+        torch.testing.assert_close(encoding.latent.grad, wanted)
+        with torch.no_grad():
+            encoding.latent += 0.1 * torch.randn(4, 32)
+        seen = layer.weight.detach().clone()
+    assert encoding.latent is None
+    torch.testing.assert_close(layer.weight, seen)
+    assert torch.equal(encoding.project(layer.weight), layer.weight)
+
+
+def test_thawing_without_training_changes_nothing():
+    layer = nn.Linear(32, 4)
+    encode(layer, affine(layer.weight, 4, "per row"))
+    codes = encoding_of(layer).codes.clone()
+    with thawed(layer):
+        pass
+    assert torch.equal(encoding_of(layer).codes, codes)
+
+
+def test_masked_weights_stay_zero_under_an_optimizer_with_momentum_and_decay():
+    layer, x = nn.Linear(8, 4), torch.randn(16, 8)
+    mask = torch.rand(4, 8) > 0.5
+    encode(layer, Masked(layer.weight, mask))
+    before = layer.weight.clone()
+    with thawed(layer):
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.1)
+        for _ in range(5):
+            optimizer.zero_grad()
+            layer(x).square().sum().backward()
+            optimizer.step()
+    assert bool((layer.weight[~mask] == 0).all())
+    assert bool((layer.weight[mask] != before[mask]).all())
+    assert Masked(torch.ones(4), torch.tensor([True, False, False, False])).describe() == "75% zeros"
+    assert Masked(torch.ones(4), torch.tensor([True, False, False, False])).bits_per_weight == 32
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_an_exported_program_holds_what_is_stored(which):
+    layer, x = nn.Linear(32, 4), torch.randn(3, 32)
+    encode(layer, encodings_of(layer.weight)[which])
+    program = torch.export.export(layer, (x,))
+    torch.testing.assert_close(program.module()(x), layer(x))
+    dense = [name for name, t in program.state_dict.items() if t.shape == (4, 32) and t.is_floating_point()]
+    assert dense == (["parametrizations.weight.0.values"] if which == 2 else [])
+
+
+# ------------------------------------------------------------------------------------------------ activations
+
+
+@given(st.floats(-100, 100), st.floats(-100, 100))
+def test_zero_stays_zero_and_inputs_in_range_move_half_a_step(a, b):
+    low, high = min(a, b), max(a, b)
+    quantizer = InputQuantizer(low, high)
+    assert quantizer(torch.zeros(1)).item() == 0.0
+    x = torch.linspace(min(low, 0.0), max(high, 0.0), 100)
+    assert bool(((quantizer(x) - x).abs() <= quantizer.scale * 1.01).all())
+    assert quantizer(x).unique().numel() <= 256
+
+
+def test_gradients_reach_inputs_that_are_not_clipped():
+    x = torch.tensor([-0.5, 0.3, 0.9, 1.7], requires_grad=True)
+    fake_quantize(x, torch.tensor(1 / 255), torch.tensor(0, dtype=torch.uint8)).sum().backward()
+    assert x.grad.tolist() == [0.0, 1.0, 1.0, 0.0]
+
+
+def test_a_dynamic_quantizer_spans_what_it_sees():
+    quantizer = DynamicQuantizer()
+    for size in (0.01, 100.0):
+        x = size * torch.randn(50)
+        assert bool(((quantizer(x) - x).abs() <= (x.max() - x.min()) / 255).all())
+    assert torch.equal(quantizer(torch.zeros(3)), torch.zeros(3))
+    assert bool((quantizer(torch.rand(50) + 1) > 0.9).all())  # a range without zero is widened to hold it
+    x = torch.randn(4, requires_grad=True)
+    quantizer(x).sum().backward()
+    assert x.grad.tolist() == [1.0] * 4
