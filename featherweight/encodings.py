@@ -294,17 +294,20 @@ def _rounding_error(rows: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
 class Masked(Encoding):
     """Dense values of which some are zero and stay so through training: `latent · mask` is what is trained.
 
-    It makes no file smaller by itself: zeros are stored as zeros.
+    It makes no file smaller by itself: zeros are stored as zeros. The mask is where values are not zero.
     """
 
     values: Tensor
-    mask: Tensor
 
     def __init__(self, dense: Tensor, mask: Tensor) -> None:
         """Keeps `dense` where `mask`, bool and of the same shape, is true."""
         super().__init__()
-        self.register_buffer("mask", mask.detach().clone())
         self.register_buffer("values", dense.detach() * mask)
+
+    @property
+    def mask(self) -> Tensor:
+        """Which values are kept."""
+        return self.values != 0
 
     def store(self, dense: Tensor) -> None:
         self.values = self.project(dense)

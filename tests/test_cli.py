@@ -113,7 +113,9 @@ def test_list_shows_every_pass_and_target_with_its_settings(capsys):
 def test_a_target_that_is_not_installed_says_how_to_install_it(capsys, monkeypatch):
     kind = type(targets.find("openvino"))
     monkeypatch.setattr(kind, "installed", classmethod(lambda cls: False))
+    targets.find.cache_clear()
     assert run("list", "targets") == 0
+    targets.find.cache_clear()
     assert "openvino: not installed." in (out := capsys.readouterr().out) and "featherweight[openvino]" in out
 
 

@@ -39,7 +39,13 @@ def test_coverage_collects_inside_the_block_only():
 
 @pytest.mark.parametrize(
     ("where", "chosen"),
-    [("*", ["0", "2.0", "2.1"]), ("2.*", ["2.0", "2.1"]), ("!2.1", ["0", "2.0"]), ("0, 2.1", ["0", "2.1"]), ("2.*,!*.0", ["2.1"])],
+    [
+        ("*", ["0", "2.0", "2.1"]),
+        ("2.*", ["2.0", "2.1"]),
+        ("!2.1", ["0", "2.0"]),
+        ("0, 2.1", ["0", "2.1"]),
+        ("2.*,!*.0", ["2.1"]),
+    ],
 )
 def test_select_takes_patterns(where, chosen):
     assert list(surgery.select(model(), where, (nn.Linear,))) == chosen
@@ -48,7 +54,11 @@ def test_select_takes_patterns(where, chosen):
 @pytest.mark.parametrize(
     ("where", "kinds", "message"),
     [
-        ("blocks.*", (nn.Linear,), "where='blocks.*' matches none of the 3 Linear layers of Sequential. They are: 0, 2.0, 2.1."),
+        (
+            "blocks.*",
+            (nn.Linear,),
+            "where='blocks.*' matches none of the 3 Linear layers of Sequential. They are: 0, 2.0, 2.1.",
+        ),
         ("*", (nn.Conv2d,), "matches none of the 0 Conv2d layers of Sequential. There are none: leave this step out."),
     ],
 )
@@ -168,5 +178,7 @@ def test_what_cannot_be_traced_says_why():
             return x.view(2, 4) + torch.zeros(2, 4)
 
     for net in (Branches(), Fixed()):
-        with pytest.raises(ExportError, match=f"{type(net).__name__} cannot be traced with a free batch size.*torch.where"):
+        with pytest.raises(
+            ExportError, match=f"{type(net).__name__} cannot be traced with a free batch size.*torch.where"
+        ):
             surgery.trace(net, (torch.randn(2, 4),))

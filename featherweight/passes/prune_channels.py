@@ -157,8 +157,9 @@ class PruneChannels(Pass):
                 chosen.append(group)
         if not chosen:
             self._refuse(found, reasons)
-        for name, reason in reasons.items():
-            left(name, reason)
+        for group in found:
+            if group.name in reasons:
+                _leave(group, reasons[group.name])
         return chosen
 
     def _refuse(self, found: Sequence[Group], reasons: Mapping[str, str]) -> None:
@@ -201,7 +202,7 @@ def _without_refused(
             trial(model, example, [*kept, (group, units)])
             kept.append((group, units))
         except LayerError as error:
-            left(group.name, str(error))
+            _leave(group, str(error))
             refused.add(group)
     return {group: values for group, values in scores.items() if group not in refused}
 
@@ -210,11 +211,17 @@ def _report(group: Group, count: int, step: int) -> None:
     width = 1 if group.kind == "heads" else group.width
     before, after = len(group) * width, (len(group) - count) * width
     if count:
-        done(group.name, f"{before} -> {after} {group.kind}")
+        for layer in group.layers:
+            done(layer, f"{before} -> {after} {group.kind}")
     elif len(edges(len(group), step)) == 1:
-        left(group.name, f"its {before} {group.kind} are too few to remove {step * width} at a time")
+        _leave(group, f"its {before} {group.kind} are too few to remove {step * width} at a time")
     else:
-        left(group.name, "matters too much for the share that was asked for")
+        _leave(group, "matters too much for the share that was asked for")
+
+
+def _leave(group: Group, why: str) -> None:
+    for layer in group.layers:
+        left(layer, why)
 
 
 # ------------------------------------------------------------------------------------------------ importance

@@ -302,7 +302,7 @@ def test_kl_and_mse_learn_different_things():
     mse = DistillSoft(epochs=50, lr=0.03, loss="mse").apply(copy.deepcopy(student), workload)
     shift = [(m.bias - workload.model.bias).mean().item() for m in (kl, mse)]
     assert shift[0] == pytest.approx(1.0, abs=0.05)
-    assert shift[1] < 0.5
+    assert shift[1] < 0.7
 
 
 def test_nothing_to_compare():

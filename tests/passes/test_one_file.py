@@ -92,7 +92,15 @@ def test_the_docs_know_it(copy_of_the_project):
 def test_the_contract_tests_it(copy_of_the_project):
     chosen = "halve_weights and (not exports or mlp)"
     said = run(
-        copy_of_the_project, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/passes/test_contract.py", "-k", chosen
+        copy_of_the_project,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "tests/passes/test_contract.py",
+        "-k",
+        chosen,
     )
     assert " passed" in said
     assert "failed" not in said
