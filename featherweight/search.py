@@ -285,7 +285,7 @@ def _numbers(facts: Facts, budget: Budget, target: str, plain: Trial) -> Generat
     for numbers in _rungs(facts, budget):
         trial = yield Recipe(facts.steps(*numbers), target)
         tried.append((trial, numbers))
-        if trial.drop_fits(budget):
+        if trial.drop_fits(budget) and _cost(trial, trial, budget) < _cost(plain, plain, budget):
             break
     return min(tried, key=lambda item: (not item[0].drop_fits(budget), _cost(item[0], item[0], budget)))[1]
 
@@ -620,7 +620,8 @@ class _Search:
         if found != self.settings.fingerprint:
             raise BudgetError(
                 f"{self.folder} holds the search of another workload: its file, or the network's parameters, have "
-                "changed since. Choose another folder, or give the workload as it was."
+                "changed since. Choose another folder, or give the workload as it was; if it computes parameters when "
+                "it is loaded, let it read them from a file, so that they are the same every time."
             )
 
     def _measured_original(self) -> Baseline:

@@ -98,7 +98,7 @@ def test_error_is_small_and_every_layer_is_covered():
 
 def test_a_layer_without_bias_gets_one_from_the_correction():
     model = nn.Sequential(nn.Linear(8, 4, bias=False))
-    quantized = QuantizeStatic().apply(model, workload_of(copy.deepcopy(model), torch.rand(32, 8)))
+    quantized = QuantizeStatic(bias_correction=True).apply(model, workload_of(copy.deepcopy(model), torch.rand(32, 8)))
     assert quantized[0].bias.shape == (4,)
 
 
