@@ -20,10 +20,8 @@ help:
 demo: .venv/.stamp-demo
 	$(BIN)/featherweight compress examples/$(WORKLOAD).py --max-drop $(MAX_DROP) --out out/$(WORKLOAD)
 
-# The search's tests send signals: they have a process of their own, without the runtimes that other tests loaded.
 test: lint
-	$(BIN)/python -m pytest tests/test_search.py
-	$(BIN)/python -m pytest --ignore tests/test_search.py
+	$(BIN)/python -m pytest
 
 lint: .venv/.stamp-dev
 	$(BIN)/ruff check .

@@ -58,6 +58,7 @@ KEYS = {
     "outputs": list,
     "parameters": int,
     "int8_layers": int,
+    "export_error": float,
     "coverage": list,
     "versions": dict,
     "seed": int,
@@ -65,6 +66,7 @@ KEYS = {
 DTYPES = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool")
 VECTOR_BATCH = 2
 VECTOR_OUTPUTS = 4096  # values kept of each output
+WRONG = 0.5  # relative error of outputs that no rounding explains: the export is refused
 TOLERANCE = 0.01  # of an output's largest magnitude: what processors may differ by; whole numbers may not differ
 AGAIN = "Fetch the folder again from where it came, or make it again with `featherweight apply`."
 
@@ -94,7 +96,7 @@ class Artifact:
     @property
     def recipe(self) -> str:
         """The text of the recipe that made it."""
-        return (self.folder / RECIPE).read_text(encoding="utf-8")
+        return (self.folder / RECIPE).read_text(encoding="utf-8", errors="replace")
 
     def load(self, threads: int = 1) -> Runner:
         """The network in its runtime, on arrays.
@@ -211,6 +213,17 @@ def verify(folder: Path) -> list[str]:
         return _vector_problems(artifact, artifact.load(threads=1))
     except ArtifactError as error:
         return [str(error)]
+
+
+def replace_artifact(source: Path, folder: Path) -> None:
+    """Copies the artifact in `source` to `folder`, where at every moment stands the old one or the new one, whole.
+
+    Raises:
+        ArtifactError: `folder` cannot be written, or holds something that is no artifact.
+    """
+    with _whole_or_nothing(folder, overwrite=True) as fresh:
+        for path in source.iterdir():
+            shutil.copyfile(path, fresh / path.name)
 
 
 def write_text_atomic(path: Path, text: str) -> None:
@@ -348,6 +361,7 @@ def _manifest(recipe: Recipe, workload: Workload, model: nn.Module, coverage: Co
         "outputs": [_spec(value) for value in found],
         "parameters": count_parameters(model),
         "int8_layers": _int8_layers(model),
+        "export_error": 0.0,
         "coverage": coverage.as_rows(),
         "versions": versions,
         "seed": seed,
@@ -402,9 +416,25 @@ def _write_vectors(folder: Path, manifest: dict[str, Any], workload: Workload, m
             f"{manifest['target']} returns {[(v.shape, str(v.dtype)) for v in found]}, where the network returns "
             f"{[(v.shape, str(v.dtype)) for v in wanted]}. That is our fault: report it, and choose another target."
         )
+    error = max(map(_relative_error, found, wanted))
+    if not error <= WRONG:
+        raise ExportError(
+            f"What {manifest['target']} computes is not what the compressed network computes: the norm of the "
+            f"difference is {error:.2g} of that of the outputs. Report it as our fault, and choose another target."
+        )
+    manifest["export_error"] = float(error)
     stored = {f"input{index}": value for index, value in enumerate(inputs)}
     stored |= {f"output{index}": _thinned(value) for index, value in enumerate(found)}
     save_file({name: np.ascontiguousarray(value) for name, value in stored.items()}, folder / VECTORS)
+
+
+def _relative_error(found: np.ndarray, wanted: np.ndarray) -> float:
+    """The norm of the difference over the norm of what was wanted, where that is finite; of whole numbers 0."""
+    if wanted.dtype.kind != "f":
+        return 0.0
+    finite = np.isfinite(wanted)
+    a, b = found[finite].astype(np.float64), wanted[finite].astype(np.float64)
+    return float(np.linalg.norm(a - b) / max(float(np.linalg.norm(b)), 1e-12))
 
 
 def _thinned(values: np.ndarray) -> np.ndarray:
@@ -493,7 +523,10 @@ def _complaints(manifest: Any) -> Iterator[str]:
     for key in ("inputs", "outputs"):
         yield from _value_complaints(manifest[key], key)
     rows = manifest["coverage"]
-    if not all(isinstance(row, dict) and all(isinstance(value, str) for value in row.values()) for row in rows):
+    if not all(
+        isinstance(row, dict) and "layer" in row and all(isinstance(value, str) for value in row.values())
+        for row in rows
+    ):
         yield "coverage is no list of rows of text"
     if not all(isinstance(value, str) for value in manifest["versions"].values()):
         yield "versions are not all text"

@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Sequence
@@ -102,7 +103,7 @@ def parser() -> argparse.ArgumentParser:
     add.set_defaults(command=apply)
     add.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
     add.add_argument("workload", metavar="WORKLOAD", help=workload)
-    add.add_argument("--seed", type=int, default=0, help="of all chance (0)")
+    add.add_argument("--seed", type=_seed, default=0, metavar="N", help="of all chance (0)")
     add.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new or empty folder")
 
     add = commands.add_parser("measure", help="measure an artifact in a fresh process, against the original")
@@ -133,7 +134,7 @@ def parser() -> argparse.ArgumentParser:
 def _timing(add: argparse.ArgumentParser) -> None:
     add.add_argument("--threads", type=_whole, metavar="N", help="of a network that is timed (the processor's cores)")
     add.add_argument("--batch", type=_whole, default=1, metavar="N", help="of the inputs that are timed (1)")
-    add.add_argument("--seed", type=int, default=0, help="of all chance (0)")
+    add.add_argument("--seed", type=_seed, default=0, metavar="N", help="of all chance (0)")
 
 
 def duration(text: str) -> float:
@@ -151,6 +152,12 @@ def duration(text: str) -> float:
 def _whole(text: str) -> int:
     if not re.fullmatch(r"\d{1,18}", text) or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number above zero")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not re.fullmatch(r"\d{1,18}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 to 10**18")
     return int(text)
 
 
@@ -190,9 +197,10 @@ def compress(chosen: argparse.Namespace) -> int:
     )
     progress.close()
     _tell_result(result)
+    if result.best is not None:
+        print(f"artifact  {chosen.out / search.BEST}\nrecipe    {chosen.out / search.RECIPE}")
     if result.baseline is not None:
-        _, page = report.write(chosen.out)
-        print(f"artifact  {chosen.out / search.BEST}\nrecipe    {chosen.out / search.RECIPE}\nreport    {page}")
+        print(f"report    {report.write(chosen.out)[1]}")
     return DONE if result.verdict == "accepted" else INFEASIBLE
 
 
@@ -216,6 +224,8 @@ def _tell_result(result: Any) -> None:
     print(f"{result.verdict}: {binding}{report.in_short(result.best)}")
     for doubt in result.best.doubts:
         print(f"doubt: {doubt}")
+    if result.late:
+        print("cut short: the time limit left no room for all trials; allow more with --time-limit and --resume")
     if result.interrupted:
         print("interrupted: the best so far was measured briefly, and not on the test data; go on with --resume")
 
@@ -251,7 +261,7 @@ def measure(chosen: argparse.Namespace) -> int:
     """`featherweight measure`."""
     from featherweight import report, workload
     from featherweight.artifact import open_artifact
-    from featherweight.measure import baseline, physical_cores
+    from featherweight.measure import baseline, best_runtime, physical_cores
     from featherweight.measure import measure as measure_
     from featherweight.timing import keeping_originals
 
@@ -259,11 +269,13 @@ def measure(chosen: argparse.Namespace) -> int:
     loaded = workload.load(chosen.workload)
     settings = {"threads": chosen.threads or physical_cores(), "batch": chosen.batch, "seed": chosen.seed}
     say = _progress()
-    with keeping_originals():
+    with tempfile.TemporaryDirectory(prefix="featherweight-") as scratch, keeping_originals():
         say.stage("the original")
         original = baseline(loaded, **settings)
+        say.stage("the original in its best runtime")
+        runtime = best_runtime(loaded, Path(scratch), threads=settings["threads"], batch=settings["batch"])
         say.stage("the artifact")
-        found = measure_(artifact, loaded, original, test=True, **settings)
+        found = measure_(artifact, loaded, original, runtime=runtime, test=True, **settings)
     say.close()
     if chosen.json:
         print(found.to_json())

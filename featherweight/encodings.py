@@ -181,10 +181,14 @@ class Encoding(nn.Module):
 
 
 class Affine(Encoding):
-    """Whole codes of 8 or 4 bits times a scale per tensor, per slice of `axis` or per block of a row."""
+    """Whole codes of 8 or 4 bits times a scale per tensor, per slice of `axis` or per block of a row.
+
+    Where `mask` is given, weights outside it stay zero through training. It is not stored: codes say zero already.
+    """
 
     codes: Tensor
     scale: Tensor
+    mask: Tensor | None
 
     def __init__(self, dense: Tensor, scale: Tensor, *, bits: int, axis: int = 0, block: int = 0) -> None:
         """Codes are the nearest to `dense` on the grid of `scale`; see `dequantize` for the shapes."""
@@ -193,13 +197,15 @@ class Affine(Encoding):
         self.shape = tuple(dense.shape)
         self.register_buffer("scale", scale.detach().clone())
         self.register_buffer("codes", torch.empty(0, dtype=torch.int8))
+        self.mask = None  # no buffer: an exported program would hold it
         self.store(dense.detach())
 
     def _round(self, dense: Tensor) -> Tensor:
         top = 2 ** (self.bits - 1) - 1
         low = -top if self.bits == 8 else -top - 1
         scales = spread(self.scale, self.shape, self.axis, self.block)
-        return torch.clamp(torch.round(grouped(dense, self.block) / scales), low, top)
+        kept = dense if self.mask is None else dense * self.mask
+        return torch.clamp(torch.round(grouped(kept, self.block) / scales), low, top)
 
     def store(self, dense: Tensor) -> None:
         codes = self._round(dense).to(torch.int8).reshape(self.shape)

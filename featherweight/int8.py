@@ -54,18 +54,45 @@ class Int8Conv2d(Int8Layer):
         x_scale: float,
         x_zero: int,
         stride: Sequence[int] = (1, 1),
-        padding: Sequence[int] = (0, 0),
+        padding: Sequence[int] | str = (0, 0),
         dilation: Sequence[int] = (1, 1),
         groups: int = 1,
     ) -> None:
         super().__init__(w_scale, bias, x_scale, x_zero)
-        self.places = ([*stride], [*padding], [*dilation], groups)
+        self.border, padding = edges(padding, codes.shape[2:], dilation)
+        self.places = ([*stride], padding, [*dilation], groups)
         packed = torch.ops.onednn.qconv_prepack(codes, w_scale, x_scale, x_zero, *self.places, None)
         self.register_buffer("packed", packed, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        codes = self.codes(x).contiguous(memory_format=torch.channels_last)
+        codes = self.codes(x)
+        if self.border:
+            codes = nn.functional.pad(codes, self.border, value=self.x_zero)
+        codes = codes.contiguous(memory_format=torch.channels_last)
         return torch.ops.onednn.qconv2d_pointwise(*self.operands(codes), *self.places, *FLOAT_OUTPUT)
+
+
+class Int8Conv1d(Int8Conv2d):
+    """A convolution with (out, in / groups, width) int8 codes for weights: one of a single row."""
+
+    def __init__(
+        self,
+        codes: Tensor,
+        w_scale: Tensor,
+        bias: Tensor | None,
+        x_scale: float,
+        x_zero: int,
+        stride: Sequence[int] = (1,),
+        padding: Sequence[int] | str = (0,),
+        dilation: Sequence[int] = (1,),
+        groups: int = 1,
+    ) -> None:
+        padding = padding if isinstance(padding, str) else (0, *padding)
+        places = ((1, *stride), padding, (1, *dilation), groups)
+        super().__init__(codes.unsqueeze(2), w_scale, bias, x_scale, x_zero, *places)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.unsqueeze(2)).squeeze(2)
 
 
 class Int8Linear(Int8Layer):
@@ -79,13 +106,35 @@ class Int8Linear(Int8Layer):
         return torch.ops.onednn.qlinear_pointwise(*self.operands(self.codes(x)), *FLOAT_OUTPUT)
 
 
+def edges(padding: Sequence[int] | str, kernel: Sequence[int], dilation: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Zeros to add before a convolution, as `nn.functional.pad` takes them, and those it adds itself on both sides.
+
+    >>> edges("same", (3, 4), (1, 1)), edges("valid", (3, 4), (1, 1)), edges((2, 0), (3, 4), (1, 1))
+    (([1, 2, 1, 1], [0, 0]), ([], [0, 0]), ([], [2, 0]))
+    >>> edges("same", (3, 5), (2, 1))  # alike on both sides
+    ([], [2, 2])
+    """
+    if not isinstance(padding, str):
+        return [], [*padding]
+    totals = [step * (size - 1) if padding == "same" else 0 for size, step in zip(kernel, dilation, strict=True)]
+    if all(total % 2 == 0 for total in totals):
+        return [], [total // 2 for total in totals]
+    return [side for total in reversed(totals) for side in (total // 2, total - total // 2)], [0] * len(totals)
+
+
 def use_int8(program: fx.GraphModule) -> fx.GraphModule:
     """`program` with int8 layers where input and weight are quantized, and other encoded weights decoded once."""
+    library = torch.ops.aten
+    kinds: dict[Any, Callable[..., Int8Layer]] = {
+        library.conv2d.default: Int8Conv2d,
+        library.conv2d.padding: Int8Conv2d,
+        library.conv1d.default: Int8Conv1d,
+        library.conv1d.padding: Int8Conv1d,
+        library.linear.default: Int8Linear,
+    }
     for node in list(program.graph.nodes):
-        if node.target is torch.ops.aten.conv2d.default:
-            _replace(program, node, Int8Conv2d)
-        if node.target is torch.ops.aten.linear.default:
-            _replace(program, node, Int8Linear)
+        if node.target in kinds:
+            _replace(program, node, kinds[node.target])
     for node in list(program.graph.nodes):
         if node.target is torch.ops.featherweight.dequantize.default and node.users:
             _decode_once(program, node)

@@ -6,6 +6,7 @@ artifact's own outputs through the workload's own `score`. Nothing is compressed
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -23,8 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from featherweight import targets
-from featherweight.artifact import Artifact, count_parameters, versions_of
-from featherweight.errors import ArtifactError, WorkloadError
+from featherweight.artifact import Artifact, build, count_parameters, versions_of
+from featherweight.errors import ArtifactError, ExportError, WorkloadError
+from featherweight.recipe import Recipe
 from featherweight.timing import Interval, Subject, interleave, latency, ratio
 from featherweight.workload import Predict, Score, Workload, call, like, outputs, predictor, scores, tensors
 
@@ -33,6 +35,7 @@ RESAMPLES = 4000
 FEW_EXAMPLES = 300
 NOISY = 0.10  # width of the control's interval
 BUSY = 0.05  # share of time spent waiting for a processor
+ROUNDING = 1e-4  # relative error below which outputs differ by the order of additions alone
 FIDELITY_BATCHES = 8
 FIDELITY_VALUES = 32_000_000  # of outputs that are kept in memory
 ROUNDS, ROUND_SECONDS = 15, 0.15
@@ -196,8 +199,8 @@ def baseline(workload: Workload, *, threads: int = 1, batch: int = 1, quick: boo
         batch=batch,
         examples=len(before),
         original_score=float(np.mean(before)),
-        **_quality("", before, before, seed),
-        **_quality("test_", test, test, seed),
+        **_quality("", before, before, seed, same=True),
+        **_quality("test_", test, test, seed, same=True),
         bytes=size,
         packed_bytes=None,
         original_bytes=size,
@@ -265,6 +268,7 @@ def measure(
     if before_test is not None and workload.test_score is not None:
         after_test = _scores_like(before_test, workload.test_score, predict, "test_score")
     fidelity, doubts = _fidelity(baseline.outputs, predict, workload)
+    same = fidelity["relative_error"] is not None and fidelity["relative_error"] < ROUNDING
     kernels = shares(artifact, inputs, threads)
     del predict  # a second copy of the network would only take memory from those that are timed
 
@@ -288,8 +292,8 @@ def measure(
         batch=batch,
         examples=len(after),
         original_score=original.score,
-        **_quality("", after, baseline.scores, seed),
-        **_quality("test_", after_test, before_test, seed),
+        **_quality("", after, baseline.scores, seed, same),
+        **_quality("test_", after_test, before_test, seed, same),
         bytes=artifact.bytes,
         packed_bytes=None,
         original_bytes=original.bytes,
@@ -320,6 +324,19 @@ def measure(
     )
 
 
+def best_runtime(workload: Workload, folder: Path, *, threads: int = 1, batch: int = 1) -> Artifact | None:
+    """The network as it is on each installed target, below `folder`: the fastest, or None where none can hold it."""
+    plain = {}
+    for name in targets.installed():
+        with contextlib.suppress(ExportError):
+            plain[name] = build(Recipe((), name), workload, folder / name)
+    if not plain:
+        return None
+    subjects = [Subject(name, folder=artifact.folder) for name, artifact in plain.items()]
+    rounds = interleave(subjects, timing_inputs(workload, batch), threads=threads, **_effort(quick=True)).rounds
+    return plain[min(plain, key=lambda name: latency(rounds[name]))]
+
+
 # ------------------------------------------------------------------------------------------------ statistics
 
 
@@ -342,26 +359,47 @@ def mean_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]
 def drop_bounds(before: Sequence[float], after: Sequence[float], seed: int = 0) -> tuple[float | None, float]:
     """The 95 % lower and upper bound, each by itself, of the mean of `before − after`, example by example.
 
-    A single pair has no bounds: the difference itself stands for the upper one.
+    A single pair has no bounds: the difference itself stands for the upper one. The bounds are the bootstrap's, but
+    what befalls few examples may be in no sample: the upper one is no lower than the exact bound of Clopper and Pearson
+    (1934, doi:10.1093/biomet/26.4.404) for losses, less the gains that were seen. It is above zero even where no
+    example differs.
 
     >>> drop_bounds([0.9], [0.5])
     (None, 0.4)
+    >>> drop_bounds([1.0] * 300, [1.0] * 300)
+    (0.0, 0.0099...)
     """
     drops = np.subtract(before, after)
     if len(drops) < 2:
         return None, float(drops[0])
     low, high = np.percentile(bootstrap_means(drops.tolist(), seed), [5, 95])
-    return float(low), float(high)
+    return float(low), max(float(high), _bound_with_rare_losses(drops, before))
 
 
-def _quality(prefix: str, after: list[float] | None, before: list[float] | None, seed: int) -> dict[str, Any]:
-    """The fields of a measurement on one split; None where it was not scored."""
+def _bound_with_rare_losses(drops: np.ndarray, before: Sequence[float]) -> float:
+    """The 95 % upper bound of the mean of `drops`, counted in units of the largest."""
+    from scipy.special import betaincinv
+
+    largest = float(np.abs(drops).max()) or float(np.ptp(before)) or abs(float(before[0])) or 1.0
+    count, losses, gains = len(drops), drops[drops > 0].sum() / largest, -drops[drops < 0].sum() / largest
+    most = 1.0 if losses >= count else float(betaincinv(losses + 1, count - losses, 0.95))
+    return largest * (most - float(gains) / count)
+
+
+def _quality(
+    prefix: str, after: list[float] | None, before: list[float] | None, seed: int, same: bool = False
+) -> dict[str, Any]:
+    """The fields of a measurement on one split; None where it was not scored.
+
+    Where the outputs are the `same` and no score differs, there is nothing that other examples could show.
+    """
     names = ("score", "score_low", "score_high", "drop", "drop_low", "drop_upper")
     if after is None or before is None:
         return {prefix + name: None for name in names}
     low, high = mean_interval(after, seed) or (None, None)
     drop = float(np.mean(np.subtract(before, after)))
-    values = (float(np.mean(after)), low, high, drop, *drop_bounds(before, after, seed))
+    bounds = (0.0, 0.0) if same and after == before and len(after) > 1 else drop_bounds(before, after, seed)
+    values = (float(np.mean(after)), low, high, drop, *bounds)
     return {prefix + name: value for name, value in zip(names, values, strict=True)}
 
 
@@ -521,8 +559,13 @@ def _waiting_doubts(shares: dict[str, float | None]) -> list[str]:
 
 
 def _int8_doubts(artifact: Artifact, kernels: dict[str, float], here: dict[str, Any]) -> list[str]:
-    asked = artifact.manifest["int8_layers"]
+    asked, off = artifact.manifest["int8_layers"], artifact.manifest["export_error"]
     doubts = []
+    if off > (tolerance := targets.find(artifact.target).tolerance):
+        doubts.append(
+            f"{artifact.target} is off by {off:.1%} from the compressed network in torch, more than the "
+            f"{tolerance:.0%} that rounding explains."
+        )
     if not kernels:
         doubts.append(f"{artifact.target} gives no profile, so the precision in which it computes is unknown.")
     elif asked and not kernels.get("int8"):

@@ -43,6 +43,7 @@ class Findings:
     budget: Budget | None
     binding: str
     interrupted: bool
+    late: bool
     original: Measurement
     best: Measurement | None
     rows: list[Row]
@@ -87,21 +88,32 @@ def read(folder: Path) -> Findings:
     original = _measurement(folder / search.BASELINE, ("baseline", "measurement"))
     result = read_json(folder / search.RESULT) if (folder / search.RESULT).is_file() else {}
     best = _measurement(folder / search.RESULT, ("best",)) if result.get("best") else None
-    budget = Budget(**result["budget"]) if result else None
+    budget = _stored_budget(folder, result) if result else None
     rows = []
     for settings, trial in read_trials(folder):
-        if (settings.threads, settings.batch) == (original.threads, original.batch):
+        seed = best.seed if best else settings.seed  # another seed makes another artifact of the same recipe
+        if (settings.threads, settings.batch, settings.seed) == (original.threads, original.batch, seed):
             rows.append(_row(trial, budget, best if best and best.digest == trial.recipe.digest else None))
     return Findings(
         verdict=result.get("verdict", "unfinished"),
         budget=budget,
         binding=result.get("binding", ""),
         interrupted=result.get("interrupted", False),
+        late=result.get("late", False),
         original=original,
         best=best,
         rows=rows,
         seconds=result.get("seconds", {}),
     )
+
+
+def _stored_budget(folder: Path, result: dict[str, Any]) -> Budget:
+    try:
+        return Budget(**result["budget"])
+    except (KeyError, TypeError, FeatherweightError) as error:
+        raise ArtifactError(
+            f"{folder / search.RESULT} was written by another version, or by hand: {error}. Run the search anew."
+        ) from error
 
 
 def _measurement(path: Path, keys: Sequence[str]) -> Measurement:
@@ -263,6 +275,8 @@ def headline(findings: Findings) -> str:
     stopped = (
         " The search was interrupted: the best so far was measured briefly, and not on the test data."
         if findings.interrupted
+        else " The time limit left no room for all trials."
+        if findings.late
         else ""
     )
     if findings.verdict == "accepted":
@@ -281,7 +295,10 @@ def in_short(best: Measurement) -> str:
     )
     smaller = best.original_bytes / best.bytes
     weight = f"{number(smaller)} times smaller" if smaller >= 1 else f"{number(1 / smaller)} times larger"
-    return f"{speed}, {weight}, drop of the score {points(best.drop)} (at most {points(best.drop_upper)})"
+    drop = f"drop of the score {points(best.drop)} (at most {points(best.drop_upper)})"
+    if best.test_drop is None or best.test_drop_upper is None:
+        return f"{speed}, {weight}, {drop}"
+    return f"{speed}, {weight}, {drop}, on test data {points(best.test_drop)} (at most {points(best.test_drop_upper)})"
 
 
 def cards(best: Measurement) -> list[tuple[str, str, str]]:
@@ -355,7 +372,7 @@ def _budget(findings: Findings) -> Iterator[Block]:
 
 
 def _trials(findings: Findings) -> Table:
-    columns = ["recipe", "target", "verdict", "score", "drop", "drop at most", "size", "latency", "times as fast"]
+    columns = ["recipe", "target", "verdict", "score", "drop", "drop at most", "size", "latency", "latency ratio"]
     rows = []
     for row in findings.rows:
         verdict = MARKS[row.status] + (f": {row.reason}" if row.reason else "")
@@ -420,8 +437,8 @@ def _caption(findings: Findings) -> str:
     cost = "latency" if findings.objective == "latency" else "size"
     return (
         f"Each mark is a trial: how much of the score it loses (to the right) and its {cost} (upwards, logarithmic); "
-        "lower left is better. Whiskers are 95 % intervals. The line joins the trials that no other beats in both. "
-        "Marks at the right edge lie beyond it."
+        "lower left is better. Whiskers end at bounds of 95 % each. The line joins the trials that no other beats in "
+        "both. Marks at the right edge lie beyond it."
     )
 
 

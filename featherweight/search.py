@@ -7,8 +7,9 @@ stopped, and the same scores lead to the same result.
 Three rungs, cheapest first. The network as it is on every target, and whole in int8: the better target is kept.
 Where int8 loses too much, int8 trained by distillation, int8 with ranges found while running, and weights alone in
 8 bits. Then a bisection over one knob, the share of channels that is removed, each candidate distilled and turned to
-numbers as the second rung found best. Whether a trial is accepted is decided on the search's own data; `test_score`
-is computed for the best alone, and only reported.
+numbers as the second rung found best. Networks that repeat alike blocks, as transformers do, first lose whole blocks,
+as many as the budget bears. Whether a trial is accepted is decided on the search's own data; `test_score` is computed
+for the best alone, and only reported.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence, Sized
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,13 +36,22 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from featherweight import passes, targets
-from featherweight.artifact import Artifact, build, open_artifact, write_text_atomic
-from featherweight.errors import ArtifactError, BudgetError, ExportError, FeatherweightError, LayerError, TargetError
+from featherweight.artifact import Artifact, build, open_artifact, replace_artifact, write_text_atomic
+from featherweight.errors import (
+    ArtifactError,
+    BudgetError,
+    ExportError,
+    FeatherweightError,
+    LayerError,
+    TargetError,
+    WorkloadError,
+)
 from featherweight.measure import Baseline, Measurement, baseline, measure, physical_cores
 from featherweight.passes import Pass
+from featherweight.passes.drop_layers import removable
 from featherweight.recipe import Recipe, compress_model
 from featherweight.timing import keeping_originals
-from featherweight.workload import Batch, Workload, call, tensors
+from featherweight.workload import Batch, Workload, call, count_batches, tensors
 from featherweight.workload import check as check_workload
 
 BASELINE, TRIALS, BEST, RESULT, RECIPE = (
@@ -52,10 +62,13 @@ BASELINE, TRIALS, BEST, RESULT, RECIPE = (
     "recipe.yaml",
 )  # in the folder
 OBJECTIVES = {"latency": "latency_ms", "bytes": "bytes"}  # what is made small, and the field that says how small it is
+DIGEST = "[0-9a-f]{16}"  # what the folder of a trial is called
 LARGEST_SHARE = 0.8  # of channels that may be removed: the bisection's upper end
 CANDIDATES = 5  # of the bisection: shares are found to LARGEST_SHARE / 2**5
-TRAINING_FLOP = 6e12  # of one candidate's distillation: under a minute on two cores
-FEWEST_STEPS, MOST_STEPS = 40, 1000  # of one candidate's distillation
+BLOCK_CANDIDATES = 3  # where whole blocks are tried first, so many of them, and as many less of the others
+TRAINING_FLOP = 8e12  # of one candidate's distillation: under a minute on two cores
+FEWEST_STEPS, MOST_STEPS = 160, 1000  # of one candidate's distillation
+NORMED_LR, PLAIN_LR = 0.01, 0.003  # with batch norms, which make rescaled weights harmless, and without
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -205,6 +218,7 @@ class Facts:
         folds: whether there are batch norms to fold.
         linear: whether there are linear layers.
         epochs: how long a candidate is distilled.
+        blocks: how many alike blocks there are that may be removed whole, before channels are; 0 for none.
         multiples: by target, the number of which channel counts should be multiples.
     """
 
@@ -212,6 +226,7 @@ class Facts:
     folds: bool
     linear: bool
     epochs: float
+    blocks: int = 0
     multiples: Mapping[str, int] = field(default_factory=dict)
 
     def steps(self, *names: str | Pass, shape: Sequence[Pass] = ()) -> tuple[Pass, ...]:
@@ -219,14 +234,21 @@ class Facts:
         fold = ("fold_batchnorm",) if self.folds else ()
         return (*shape, *(step if isinstance(step, Pass) else _step(step) for step in (*fold, *names)))
 
-    @property
-    def distil(self) -> Pass:
-        """The distillation that every candidate gets."""
-        return _step("distill_soft", epochs=self.epochs)
+    def distil(self, share: float = 0.0) -> Pass:
+        """The distillation of a candidate that lost `share`: a smaller network takes more steps in the same time.
 
-    def pruned(self, share: float, target: str) -> tuple[Pass, Pass]:
-        """Channels removed, and what is left trained."""
-        return _step("prune_channels", share=share, multiple=self.multiples.get(target, 8)), self.distil
+        Of four parts of the arithmetic of a step one is the teacher's, and three are the candidate's.
+        """
+        epochs = float(f"{self.epochs * 4 / (1 + 3 * (1 - share)):.2g}")
+        return _step("distill_soft", epochs=epochs, lr=NORMED_LR if self.folds else PLAIN_LR)
+
+    def pruned(self, share: float, target: str, dropped: int = 0) -> tuple[Pass, ...]:
+        """Blocks and channels removed, and what is left trained."""
+        lost = dropped / self.blocks if dropped else 0.0
+        steps = [_step("drop_layers", share=round(lost, 4))] if dropped else []
+        if share:
+            steps.append(_step("prune_channels", share=share, multiple=self.multiples.get(target, 8)))
+        return *steps, self.distil(1 - (1 - lost) * (1 - share))
 
 
 Plan = Generator[Recipe, Trial, None]
@@ -266,13 +288,13 @@ def expected(facts: Facts, done: int) -> int:
     return max(done + 1, 2 * len(facts.targets) + CANDIDATES)
 
 
-def share_to_try(tried: Sequence[tuple[float, bool]]) -> float | None:
-    """The next share of a bisection: more after what fitted, less after what did not; None when it is done.
+def share_to_try(tried: Sequence[tuple[float, bool]], most: int = CANDIDATES) -> float | None:
+    """The next share of a bisection: more after what fitted, less after what did not; None after `most`.
 
     >>> share_to_try([]), share_to_try([(0.4, True)]), share_to_try([(0.4, True), (0.6, False)])
     (0.4, 0.6, 0.5)
     """
-    if len(tried) >= CANDIDATES:
+    if len(tried) >= most:
         return None
     low = max([share for share, fitted in tried if fitted], default=0.0)
     high = min([share for share, fitted in tried if not fitted], default=LARGEST_SHARE)
@@ -295,21 +317,36 @@ def _rungs(facts: Facts, budget: Budget) -> Iterator[Numbers]:
     if budget.objective == "bytes":
         yield (_step("quantize_weights", bits=4, block=64),)
     yield (_step("quantize_static"),)
-    yield (_step("quantize_static"), facts.distil)
+    yield (_step("quantize_static"), facts.distil())
     if facts.linear:
         yield (_step("quantize_dynamic"),)
     yield (_step("quantize_weights"),)
 
 
 def _bisection(facts: Facts, budget: Budget, target: str, numbers: Numbers) -> Plan:
+    """First over whole blocks, where there are such, then over channels of what is left."""
+    dropped = (yield from _fewer_blocks(facts, budget, target, numbers)) if facts.blocks else 0
     tried: list[tuple[float, bool]] = []
     failed = 0
-    while (share := share_to_try(tried)) is not None:
-        trial = yield Recipe(facts.steps(*numbers, shape=facts.pruned(share, target)), target)
+    most = CANDIDATES - BLOCK_CANDIDATES if facts.blocks else CANDIDATES
+    while (share := share_to_try(tried, most)) is not None:
+        trial = yield Recipe(facts.steps(*numbers, shape=facts.pruned(share, target, dropped)), target)
         tried.append((share, trial.drop_fits(budget)))
         failed += trial.measurement is None
         if failed == len(tried) == 2:  # what cannot be pruned at two shares cannot at any
             return
+
+
+def _fewer_blocks(facts: Facts, budget: Budget, target: str, numbers: Numbers) -> Generator[Recipe, Trial, int]:
+    """How many blocks the budget can do without."""
+    low, high = 0, facts.blocks
+    for _ in range(BLOCK_CANDIDATES):
+        if high - low < 2:
+            break
+        count = (low + high) // 2
+        trial = yield Recipe(facts.steps(*numbers, shape=facts.pruned(0.0, target, count)), target)
+        low, high = (count, high) if trial.drop_fits(budget) else (low, count)
+    return low
 
 
 def _cost(first: Trial, second: Trial, budget: Budget) -> float:
@@ -333,6 +370,8 @@ def facts_of(workload: Workload, names: Sequence[str]) -> Facts:
         folds=bool(kinds & set(NORMS)) and _something_folds(workload, names[0]),
         linear=nn.Linear in kinds,
         epochs=_epochs(workload),
+        # with batch norms it is a convolutional network, where width is what the time goes into
+        blocks=0 if kinds & set(NORMS) else len(removable(workload.model, workload)),
         multiples={name: targets.find(name).width_multiple for name in names},
     )
 
@@ -350,8 +389,14 @@ def _something_folds(workload: Workload, target: str) -> bool:
 def _epochs(workload: Workload) -> float:
     """So many that the training of one candidate takes TRAINING_FLOP, within bounds."""
     data = workload.calibration if workload.train is None else workload.train
-    length = len(data) if isinstance(data, Sized) else sum(1 for _ in data)
-    first = next(iter(data), None)
+    try:
+        first = next(iter(data), None)
+        length = count_batches(data)
+    except Exception as error:
+        raise WorkloadError(
+            f"train raised {type(error).__name__}: {' '.join(str(error).split())[:300]} when it was iterated. Iterate "
+            "over it yourself and mend it, or leave it out: the calibration batches are then trained on."
+        ) from error
     if first is None or not length:
         return 1.0  # distill_soft explains what is wrong with that
     batch = workload.calibration[0]
@@ -374,8 +419,9 @@ def fingerprint(workload: Workload) -> str:
     digest = hashlib.sha256()
     if workload.source is not None and (path := _source_file(workload.source)) is not None:
         digest.update(path.read_bytes())
-    values: list[tuple[str, Tensor]] = [*workload.model.state_dict().items()]
-    for name, value in values:
+    for name, value in workload.model.state_dict().items():
+        if not isinstance(value, Tensor):  # what a module keeps with get_extra_state
+            continue
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     digest.update(_described(workload.example).encode())
@@ -441,6 +487,8 @@ class Result:
     Args:
         verdict: "accepted", or "infeasible": then `best` is the nearest point.
         binding: the bound that no trial met, or why nothing was measured; empty when accepted.
+        interrupted: whether a signal ended it.
+        late: whether the time limit ended it, before it had tried all that it would have.
         baseline: of the original.
         best: measured fully and on `test_score` too, unless the search was interrupted.
         frontier: the trials that none beats both in cost and in drop.
@@ -456,6 +504,7 @@ class Result:
     rejected: list[dict[str, Any]]
     binding: str
     interrupted: bool
+    late: bool
     seconds: dict[str, float]
     folder: Path
 
@@ -504,6 +553,8 @@ def compress(
     """
     begin = time.monotonic()
     names = check_targets(targets)
+    if not 0 <= seed < 2**63:
+        raise BudgetError(f"seed={seed} makes no sense: give a whole number from 0 to 2**63 - 1.")
     for name, value in (("threads", threads), ("batch", batch), ("time_limit", time_limit)):
         if value is not None and not value > 0:
             raise BudgetError(f"{name}={value} makes no sense: give a number above zero.")
@@ -523,7 +574,7 @@ def compress(
                 best = search.final()
             except KeyboardInterrupt:
                 interrupted = True
-        return search.save(best or search.candidate(), interrupted)
+        return search.save(best or search.available(), interrupted)
 
 
 def check_targets(names: Sequence[str]) -> tuple[str, ...]:
@@ -553,7 +604,7 @@ def check_folder(folder: Path, resume: bool) -> None:
             f"{folder} is not empty, and what is there is not overwritten. Go on with the search that it holds with "
             "--resume (resume=True), or choose another folder."
         )
-    if used and not (folder / BASELINE).exists() and not (folder / TRIALS).is_dir():
+    if used and not (folder / BASELINE).exists():
         raise ArtifactError(f"{folder} holds files, but no search to go on with. Choose another folder.")
 
 
@@ -608,7 +659,8 @@ class _Search:
         """Those of earlier runs with the same settings, oldest first."""
         (self.folder / TRIALS).mkdir(exist_ok=True)
         for stale in (self.folder / TRIALS).glob(".*.partial"):  # of a run that was killed
-            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+            if re.fullmatch(rf"\.{DIGEST}\..*", stale.name):
+                shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
         found = []
         for settings, trial in read_trials(self.folder):
             self._check_fingerprint(settings.fingerprint)
@@ -631,7 +683,7 @@ class _Search:
         if path.exists():
             stored = read_json(path)
             self._check_fingerprint(stored.get("fingerprint", ""))
-            if all(stored.get(name) == value for name, value in key.items()):
+            if "baseline" in stored and all(stored.get(name) == value for name, value in key.items()):
                 return Baseline.from_json(json.dumps(stored["baseline"]), self.workload)
         self.watch("baseline")
         seed = self.settings.seed
@@ -686,14 +738,20 @@ class _Search:
 
     def _built(self, recipe: Recipe, watch: Stopwatch) -> Artifact:
         """Its artifact: from disk where it lies there whole, else made anew."""
+        if (there := self._there(recipe)) is not None:
+            return there
         place = self._place(recipe)
-        for folder in (place, self.folder / BEST):
+        shutil.rmtree(place, ignore_errors=True)
+        return build(recipe, self.workload, place, self.settings.seed, progress=watch)
+
+    def _there(self, recipe: Recipe) -> Artifact | None:
+        """Its artifact, where it lies on disk whole."""
+        for folder in (self._place(recipe), self.folder / BEST):
             with contextlib.suppress(ArtifactError):
                 there = open_artifact(folder)
                 if there.digest == recipe.digest and there.manifest["seed"] == self.settings.seed:
                     return there
-        shutil.rmtree(place, ignore_errors=True)
-        return build(recipe, self.workload, place, self.settings.seed, progress=watch)
+        return None
 
     def _place(self, recipe: Recipe) -> Path:
         return self.folder / TRIALS / self.settings.digest(recipe)
@@ -739,18 +797,43 @@ class _Search:
         """The best so far, or the nearest to the budget where none is accepted."""
         return best_of(self.trials, self.budget) or nearest(self.trials, self.budget)
 
+    def available(self) -> Trial | None:
+        """The candidate among those whose artifact is at hand, for there is no time to make one again."""
+        at_hand = [trial for trial in self.trials if trial.measurement and self._there(trial.recipe)]
+        return best_of(at_hand, self.budget) or nearest(at_hand, self.budget)
+
     def final(self) -> Trial | None:
         """The candidate, measured fully; one that no longer keeps to the budget makes way for the next."""
         while (chosen := self.candidate()) is not None:
             self.watch("final measurement")
             artifact = self._built(chosen.recipe, Stopwatch(self.progress))
-            found = self._measured(artifact, quick=False, runtime=self._best_runtime())
+            try:
+                found = self._measured(artifact, quick=False, runtime=self._best_runtime())
+            except FeatherweightError as error:
+                if not isinstance(chosen.measurement, Measurement):
+                    raise
+                return self._with_doubt(chosen, f"It could not be measured fully, nor on the test data: {error}")
             self.watch("")
-            certain = dataclasses.replace(chosen, measurement=found)
+            certain = self._with_test_doubt(dataclasses.replace(chosen, measurement=found))
             self.trials[self.trials.index(chosen)] = certain
             if certain.accepted(self.budget) or not chosen.accepted(self.budget):
                 return certain
         return None
+
+    def _with_test_doubt(self, trial: Trial) -> Trial:
+        """With a remark where the test data leave it open whether the drop is within the budget."""
+        assert trial.measurement is not None
+        upper, allowed = trial.measurement.test_drop_upper, self.budget.allowed(trial.measurement.original_score)
+        if upper is None or upper <= allowed:
+            return trial
+        return self._with_doubt(
+            trial, f"On the test data the drop may be {upper:.4g}, above the {allowed:.4g} that it was accepted for."
+        )
+
+    def _with_doubt(self, trial: Trial, doubt: str) -> Trial:
+        assert trial.measurement is not None
+        doubts = [*trial.measurement.doubts, " ".join(doubt.split())]
+        return dataclasses.replace(trial, measurement=dataclasses.replace(trial.measurement, doubts=doubts))
 
     def _best_runtime(self) -> Artifact | None:
         """The fastest artifact that is not compressed."""
@@ -763,7 +846,10 @@ class _Search:
         return self._built(fastest.recipe, Stopwatch(self.progress))
 
     def save(self, best: Trial | None, interrupted: bool) -> Result:
-        """Writes what was found; of the artifacts only the best one's stays."""
+        """Writes what was found; of the artifacts only the best one's stays.
+
+        Where nothing is at hand, what an earlier run wrote stays as it is.
+        """
         self.watch("")
         accepted = best is not None and best.accepted(self.budget)
         found = measurements(self.trials)
@@ -776,14 +862,16 @@ class _Search:
             rejected=[self._rejection(trial) for trial in self.trials if not trial.accepted(self.budget)],
             binding="" if accepted else self._binding(best, interrupted),
             interrupted=interrupted,
+            late=self.late,
             seconds=self.watch.seconds,
             folder=self.folder,
         )
         if best is not None:
             self._keep(best.recipe)
-        write_text_atomic(self.folder / RESULT, result.to_json())
+        if best is not None or not (self.folder / RESULT).exists():
+            write_text_atomic(self.folder / RESULT, result.to_json())
         for leftover in (self.folder / TRIALS).iterdir():
-            if leftover.is_dir():
+            if leftover.is_dir() and re.fullmatch(DIGEST, leftover.name):
                 shutil.rmtree(leftover, ignore_errors=True)
         return result
 
@@ -803,11 +891,7 @@ class _Search:
         """Its artifact becomes `best`, and its text `recipe.yaml`."""
         source, best = self._place(recipe), self.folder / BEST
         if source.is_dir():
-            fresh = self.folder / f".{BEST}.partial"
-            shutil.rmtree(fresh, ignore_errors=True)
-            shutil.copytree(source, fresh)
-            shutil.rmtree(best, ignore_errors=True)
-            fresh.rename(best)
+            replace_artifact(source, best)
         write_text_atomic(self.folder / RECIPE, recipe.to_yaml())
 
 
@@ -837,9 +921,11 @@ def read_trials(folder: Path) -> list[tuple[Settings, Trial]]:
         stored = read_json(path)
         try:
             settings = Settings(**{f.name: stored[f.name] for f in dataclasses.fields(Settings)})
-            measured = stored["measurement"]
+            measured, recipe = stored["measurement"], Recipe.from_yaml(stored["recipe"], str(path))
+            if stored["digest"] != settings.digest(recipe):
+                raise ValueError("the passes have other defaults now, so it tells of another recipe")
             trial = Trial(
-                recipe=Recipe.from_yaml(stored["recipe"], str(path)),
+                recipe=recipe,
                 measurement=None if measured is None else Measurement.from_json(json.dumps(measured)),
                 error=stored["error"] or "",
                 seconds={str(stage): float(seconds) for stage, seconds in stored["seconds"].items()},

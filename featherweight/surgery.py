@@ -6,7 +6,8 @@ Which channels hang together is `coupling`'s affair; what to put into a layer, a
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -14,9 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
-from featherweight.encodings import Affine, DynamicQuantizer, Encoding, InputQuantizer
+from featherweight.encodings import Affine, DynamicQuantizer, Encoding, InputQuantizer, Masked
 from featherweight.errors import ExportError, LayerError, RecipeError
 from featherweight.workload import Batch, call, like, tensors
 
@@ -99,6 +102,71 @@ def select(model: nn.Module, where: str, kinds: tuple[type[nn.Module], ...]) -> 
     return chosen
 
 
+def layer_of(parameter: str) -> str:
+    """The name of the layer that a parameter serves.
+
+    >>> layer_of("blocks.0.conv.bias"), layer_of("blocks.0.conv.parametrizations.weight.0.latent")
+    ('blocks.0.conv', 'blocks.0.conv')
+    """
+    layer, mark, _ = f".{parameter}".rpartition(".parametrizations.")
+    return (layer if mark else parameter.rpartition(".")[0]).lstrip(".")
+
+
+def leave_others(model: nn.Module, where: str, treated: Collection[str], step: str) -> None:
+    """Says of every layer that `where` chooses and that has weights, but is none of `treated`, that `step` left it.
+
+    Weights are floating-point tensors of two dimensions or more. `treated` are all that the step names otherwise.
+    """
+    dense = [(name, p) for name, p in model.named_parameters(remove_duplicate=False) if p.is_floating_point()]
+    masked = [(name, e.decode()) for name, e in encodings(model).items() if not isinstance(e, Affine)]
+    weights: dict[str, list[str]] = defaultdict(list)
+    for name, value in (*dense, *masked):
+        if value.dim() > 1:
+            tensor = name.removeprefix(f"{layer_of(name)}.").removeprefix("parametrizations.").partition(".")[0]
+            weights[layer_of(name)].append(tensor)
+    for name, module in model.named_modules():
+        if name in weights and name not in treated and matches(name, where):
+            tensors_ = ", ".join(dict.fromkeys(weights[name]))
+            left(name, f"is of kind {kind_of(module).__name__}, which {step} does not treat ({tensors_})")
+
+
+def kind_of(layer: nn.Module) -> type[nn.Module]:
+    """The class of `layer` as its author wrote it: parametrizations derive a class of their own from it."""
+    return parametrize.type_before_parametrizations(layer)
+
+
+def groups_by_weight(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[dict[str, nn.Module]]:
+    """`layers` in groups that share one weight, which is to be encoded once for all of a group.
+
+    Layers that share theirs with a layer that is none of `layers` are left, and said to be: encoding it for some
+    would store it twice.
+    """
+    users: dict[int, list[str]] = defaultdict(list)
+    for name, module in model.named_modules():
+        if (encoding := encoding_of(module)) is not None:
+            users[id(encoding)].append(name)
+        for parameter in module.parameters(recurse=False):
+            users[id(parameter)].append(layer_of(f"{name}.tensor"))
+    groups: dict[int, dict[str, nn.Module]] = defaultdict(dict)
+    for name, layer in layers.items():
+        # What another layer's weight is merely computed from is not what that layer is called with.
+        own = id(_stored(layer))
+        outside = [user for user in users[own] if user not in layers or id(_stored(layers[user])) != own]
+        if outside:
+            left(name, f"shares its weight with {outside[0]!r}, which is left out")
+        else:
+            groups[own][name] = layer
+    return list(groups.values())
+
+
+def _stored(layer: nn.Module) -> nn.Module | Tensor:
+    """What holds the weight of `layer`: an encoding, a parameter, or the layer, where its weight is computed."""
+    if (encoding := encoding_of(layer)) is not None:
+        return encoding
+    weight = dict(layer.named_parameters(recurse=False)).get("weight")
+    return layer if weight is None else weight
+
+
 # ------------------------------------------------------------------------------------------------ changing
 
 
@@ -108,11 +176,57 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def encode(layer: nn.Module, encoding: Encoding, tensor: str = "weight") -> None:
-    """From now on `layer.<tensor>` is what `encoding` decodes; the dense tensor is gone."""
-    if encoding_of(layer, tensor) is not None:
+    """From now on `layer.<tensor>` is what `encoding` decodes; the dense tensor is gone.
+
+    Zeros of a `Masked` tensor stay zero through training after an `Affine` encoding took its place. Layers that
+    share a tensor are each encoded with the same object.
+    """
+    _own_class(layer)
+    if (before := encoding_of(layer, tensor)) is not None:
+        if isinstance(before, Masked) and isinstance(encoding, Affine):
+            encoding.mask = before.mask
         parametrize.remove_parametrizations(layer, tensor, leave_parametrized=True)
-    getattr(layer, tensor).requires_grad_(False)
+    dense = dense_of(layer, tensor)
+    # A fresh parameter takes the place of the old one, which a layer that stays as it is may use too.
+    delattr(layer, tensor)
+    layer.register_parameter(tensor, nn.Parameter(dense, requires_grad=False))
     parametrize.register_parametrization(layer, tensor, encoding, unsafe=True)
+
+
+def dense_of(layer: nn.Module, tensor: str = "weight") -> Tensor:
+    """`layer.<tensor>`, detached. Where weight norm or the like computes it, from now on it is stored as it is."""
+    if is_computed(layer, tensor):
+        _materialise(layer, tensor)
+    return getattr(layer, tensor).detach()
+
+
+def _materialise(layer: nn.Module, tensor: str) -> None:
+    for hook in list(layer._forward_pre_hooks.values()):
+        if isinstance(hook, WeightNorm) and hook.name == tensor:
+            remove_weight_norm(layer, tensor)
+        elif isinstance(hook, SpectralNorm) and hook.name == tensor:
+            remove_spectral_norm(layer, tensor)
+    if parametrize.is_parametrized(layer, tensor):
+        _own_class(layer)
+        stored: Any = layer.parametrizations[tensor]  # type: ignore[index]
+        if (original := dict(stored.named_parameters(recurse=False)).get("original")) is not None:
+            # Removal writes into the original, which another layer may use too.
+            stored.original = nn.Parameter(original.detach().clone(), original.requires_grad)
+        parametrize.remove_parametrizations(layer, tensor, leave_parametrized=True)
+
+
+def _own_class(layer: nn.Module) -> None:
+    """Parametrizations change the class that torch derived for `layer`, which its deep copies have too."""
+    if parametrize.is_parametrized(layer):
+        shared = type(layer)
+        layer.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
+
+
+def is_computed(layer: nn.Module, tensor: str = "weight") -> bool:
+    """Whether `layer.<tensor>` is made from other tensors before it is used, and not by an encoding of ours."""
+    own = (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))
+    absent = getattr(layer, tensor, None) is None
+    return not absent and tensor not in dict(own) and encoding_of(layer, tensor) is None
 
 
 def encoding_of(layer: nn.Module, tensor: str = "weight") -> Encoding | None:
@@ -144,8 +258,12 @@ def refuse_quantized(layers: Mapping[str, nn.Module], step: str) -> None:
             )
 
 
-def _quantize_first_input(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (layer.get_submodule(QUANTIZER)(args[0]), *args[1:])
+def _quantize_first_input(layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
+    quantizer = layer.get_submodule(QUANTIZER)
+    if args:
+        return (quantizer(args[0]), *args[1:]), named
+    first = next(iter(named))
+    return args, {**named, first: quantizer(named[first])}
 
 
 def quantize_input(layer: nn.Module, quantizer: InputQuantizer | DynamicQuantizer) -> None:
@@ -153,7 +271,7 @@ def quantize_input(layer: nn.Module, quantizer: InputQuantizer | DynamicQuantize
     fresh = QUANTIZER not in dict(layer.named_children())
     layer.add_module(QUANTIZER, quantizer)
     if fresh:
-        layer.register_forward_pre_hook(_quantize_first_input)
+        layer.register_forward_pre_hook(_quantize_first_input, with_kwargs=True)
 
 
 def input_quantizer(layer: nn.Module) -> nn.Module | None:
@@ -163,7 +281,10 @@ def input_quantizer(layer: nn.Module) -> nn.Module | None:
 
 @contextlib.contextmanager
 def thawed(model: nn.Module) -> Iterator[None]:
-    """Inside the block encoded tensors can be trained, on their grids; outside they are codes again."""
+    """Inside the block encoded tensors can be trained, on their grids; outside they are codes again.
+
+    An encoding that layers share is one tensor to train.
+    """
     found = list(encodings(model).values())
     for encoding in found:
         encoding.thaw()
@@ -183,15 +304,16 @@ def watch_inputs(
     batches: Iterable[Batch],
     observe: Callable[[str, Tensor], None],
 ) -> None:
-    """Runs `model` on `batches` and calls `observe(name, first input)` whenever one of `layers` is reached."""
+    """Runs `model` on `batches` and calls `observe(name, first input)` whenever one of `layers` is called."""
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def look(_: nn.Module, args: tuple[Any, ...]) -> None:
-            observe(name, args[0].detach())  # returns None: a returned tensor would replace the input
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def look(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+            # returns None: a returned tensor would replace the input
+            observe(name, next(iter((*args, *named.values()))).detach())
 
         return look
 
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
+    handles = [layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
     try:
         with torch.no_grad():
             for batch in batches:

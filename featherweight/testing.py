@@ -112,6 +112,31 @@ class Transformer(nn.Module):
         return self.head(x.mean(1))
 
 
+class StackedBlock(nn.Module):
+    """(n, 16) to (n, 16): a norm and two linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Float[Tensor, "n 16"]) -> Float[Tensor, "n 16"]:
+        return self.down(F.gelu(self.up(self.norm(x))))
+
+
+class Stacked(nn.Module):
+    """(n, 16) to (n, 5): three alike blocks, each added to what it reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(StackedBlock() for _ in range(3))
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Float[Tensor, "n 16"]) -> Float[Tensor, "n 5"]:
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
 def _images(n: int) -> Batch:
     return (torch.randn(n, 3, 12, 12),)
 
@@ -127,16 +152,17 @@ def _sentences(n: int) -> Batch:
 
 @cache
 def networks() -> dict[str, Workload]:
-    """Small workloads by name: `residual`, `depthwise`, `mlp` and `transformer`; their data is noise.
+    """Small workloads by name: `residual`, `depthwise`, `mlp`, `transformer`, `stacked`; their data is noise.
 
     >>> {name: sum(p.numel() for p in workload.model.parameters()) for name, workload in networks().items()}
-    {'residual': 15157, 'depthwise': 2805, 'mlp': 3333, 'transformer': 10213}
+    {'residual': 15157, 'depthwise': 2805, 'mlp': 3333, 'transformer': 10213, 'stacked': 3397}
     """
     makers = {
         "residual": (Residual, _images),
         "depthwise": (Depthwise, _images),
         "mlp": (mlp, _rows),
         "transformer": (Transformer, _sentences),
+        "stacked": (Stacked, _rows),
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from featherweight.errors import WorkloadError
 
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 Batch = tuple[Tensor, ...] | Mapping[str, Tensor]
 Predict = Callable[..., Any]  # predict(*tensors) -> tensor | tuple of tensors
 Score = Callable[[Predict], float | Sequence[float]]
@@ -64,6 +65,14 @@ def tensors(batch: Batch) -> tuple[Tensor, ...]:
 def like(batch: Batch, values: Sequence[Tensor]) -> Batch:
     """`values` in the form of `batch`: a dict with its keys, or a tuple."""
     return dict(zip(batch, values, strict=True)) if isinstance(batch, Mapping) else tuple(values)
+
+
+def count_batches(data: Iterable[Any]) -> int:
+    """How many items `data` yields, by its length where it has one."""
+    try:
+        return len(data)  # type: ignore[arg-type]
+    except TypeError:
+        return sum(1 for _ in data)
 
 
 def input_names(model: nn.Module, example: Batch) -> tuple[str, ...]:
@@ -236,6 +245,11 @@ def _check_batch(batch: Any, what: str) -> None:
         raise WorkloadError(
             f"{what} is not a batch: it must be a non-empty tuple of tensors, or a dict from names to tensors, but "
             f"it is a {type(batch).__name__}. A batch of one tensor is written (x,)."
+        )
+    if exotic := [str(value.dtype) for value in values if value.dtype in (torch.bfloat16, *FLOAT8)]:
+        raise WorkloadError(
+            f"{what} holds {exotic[0].removeprefix('torch.')}, which runtimes cannot be fed with. Convert inside the "
+            "network's forward, and give it float32."
         )
     sizes = [value.shape[0] if value.dim() else None for value in values]
     if None in sizes or len(set(sizes)) > 1 or sizes[0] == 0:

@@ -87,7 +87,9 @@ def test_measure_prints_a_table_or_json(applied, capsys, monkeypatch):
     assert run("measure", applied, TINY, "--threads", 1, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["target"] == "onnxruntime" and found["test_drop"] is not None and found["threads"] == 1
+    assert found["versus_runtime_ratio"] > 0
     monkeypatch.setattr("featherweight.measure.baseline", lambda *_, **__: SimpleNamespace(measurement=measurement()))
+    monkeypatch.setattr("featherweight.measure.best_runtime", lambda *_, **__: None)
     monkeypatch.setattr("featherweight.measure.measure", lambda *_, **__: Measurement.from_json(json.dumps(found)))
     assert run("measure", applied, TINY, "--threads", 1) == 0
     out = capsys.readouterr().out

@@ -164,6 +164,23 @@ def test_masked_weights_stay_zero_under_an_optimizer_with_momentum_and_decay():
     assert Masked(torch.ones(4), torch.tensor([True, False, False, False])).bits_per_weight == 32
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_zeros_of_a_mask_stay_zero_under_rounding_too(bits):
+    layer = nn.Linear(32, 4)
+    mask = torch.rand(4, 32) > 0.5
+    encode(layer, Masked(layer.weight, mask))
+    encode(layer, affine(layer.weight, bits, "blocks"))
+    small = mask & (layer.weight == 0)
+    with thawed(layer), torch.no_grad():
+        encoding_of(layer).latent.add_(1.0)
+        assert bool((layer.weight[~mask] == 0).all())
+    assert bool((layer.weight[~mask] == 0).all())
+    assert bool((layer.weight[mask] != 0).all())  # what merely rounded to zero may grow again
+    assert bits == 8 or bool(small.any())
+    assert "mask" not in str(list(layer.state_dict()))
+    assert torch.equal(encoding_of(copy.deepcopy(layer)).mask, mask)
+
+
 @pytest.mark.parametrize("which", range(3))
 def test_an_exported_program_holds_what_is_stored(which):
     layer, x = nn.Linear(32, 4), torch.randn(3, 32)

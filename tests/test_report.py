@@ -69,6 +69,7 @@ def folder_of(folder: Path, trials: list[Trial] = TRIALS, budget: Budget | None 
             rejected=[],
             binding="" if best_of(trials, budget) else "max_drop",
             interrupted=False,
+            late=False,
             seconds={"measure": 30.0, "distill_soft": 90.0},
             folder=folder,
         )

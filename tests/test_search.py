@@ -18,7 +18,7 @@ from torch import nn
 
 from featherweight import search, targets
 from featherweight.artifact import open_artifact
-from featherweight.errors import ArtifactError, BudgetError, ExportError, LayerError, TargetError
+from featherweight.errors import ArtifactError, BudgetError, ExportError, LayerError, TargetError, WorkloadError
 from featherweight.measure import Measurement
 from featherweight.recipe import Recipe
 from featherweight.search import Budget, Facts, Trial, best_of, frontier, nearest, next_recipe
@@ -221,6 +221,28 @@ def test_less_share_after_every_rejection_and_no_more_than_the_candidates():
     assert shares(played(FACTS, Budget(0.01), World(breaks_at=1.0))) == [0.4, 0.6, 0.7, 0.75, 0.775]
 
 
+def test_whole_blocks_go_first_then_channels_of_what_is_left():
+    """Of six blocks the budget can do without two; every candidate is trained, the smaller ones for longer."""
+    facts = dataclasses.replace(FACTS, folds=False, blocks=6)
+    trials = played(facts, Budget(0.01), World(breaks_at=0.45))
+    found = words(trials)[2:]
+    on = f"distill_soft + quantize_static on {TARGET}"
+    assert found[:2] == [f"drop_layers 0.5 + {on}", f"drop_layers 0.1667 + {on}"]
+    assert found[2:] == [f"drop_layers 0.3333 + {on}", *(f"drop_layers 0.3333 + prune_channels {share} + {on}"
+        for share in (0.4, 0.6))]  # fmt: skip
+    epochs = [step.settings()["epochs"] for trial in trials[2:] for step in trial.recipe.steps[-2:-1]]
+    assert epochs[1] < epochs[2] < epochs[0] < epochs[4]
+    assert all(step.settings()["lr"] == search.PLAIN_LR for trial in trials[2:] for step in trial.recipe.steps[-2:-1])
+
+
+def test_blocks_that_cannot_go_leave_channels():
+    facts = dataclasses.replace(FACTS, folds=False, blocks=4)
+    found = words(played(facts, Budget(0.01), World(breaks_at=0.2)))[2:]
+    assert [word.partition(" + ")[0] for word in found] == [
+        *("drop_layers 0.5", "drop_layers 0.25", "prune_channels 0.4", "prune_channels 0.2")
+    ]
+
+
 def test_a_network_that_cannot_be_pruned_costs_two_trials():
     world = World()
     trials = played(FACTS, Budget(0.01), lambda r: Trial(r, None, "no") if len(r.steps) > 2 else world(r))
@@ -253,6 +275,31 @@ def _workload(model: nn.Module, **changes) -> Workload:
     return Workload(
         **{"model": model.eval(), "example": batch, "calibration": [batch], "score": lambda p: 1.0, **changes}
     )
+
+
+class _Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x + self.inner(x)
+
+
+def test_blocks_are_counted_where_no_batch_norm_is():
+    blocks = nn.Sequential(_Block(), _Block(), nn.Linear(8, 2))
+    assert search.facts_of(_workload(blocks), (TARGET,)).blocks == 2
+    normed = nn.Sequential(_Block(), nn.BatchNorm1d(8), _Block())
+    assert search.facts_of(_workload(normed), (TARGET,)).blocks == 0
+
+
+def test_training_data_that_raise_are_bad_input():
+    class Broken:
+        def __iter__(self):
+            raise OSError("the disk is gone")
+
+    with pytest.raises(WorkloadError, match=r"train raised OSError: the disk is gone.*mend it"):
+        search.facts_of(_workload(nn.Linear(8, 2), train=Broken()), (TARGET,))
 
 
 def test_norms_that_cannot_be_folded_are_not():
@@ -435,6 +482,44 @@ def test_an_interrupt_ends_with_the_best_so_far(begun, monkeypatch):
     assert open_artifact(begun / "best").digest == result.best.digest
     assert len(list((begun / "trials").glob("*.json"))) == 2
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@quick
+@pytest.mark.usefixtures("imagined")
+def test_an_interrupt_at_once_leaves_an_earlier_result_as_it_was(begun, monkeypatch):
+    """And folders in trials/ that are not ours stay in any case."""
+    _search(begun, resume=True)
+    (begun / "trials" / "notes").mkdir()
+    before = {path: path.read_bytes() for path in begun.rglob("*") if path.is_file()}
+
+    def facts_of(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(search, "facts_of", facts_of)
+    result = _search(begun, Budget(0.5), resume=True)
+    assert result.interrupted
+    assert result.best is None or open_artifact(begun / "best").digest == result.best.digest
+    changed = {path.name for path, content in before.items() if path.read_bytes() != content}
+    assert changed <= {"result.json"} and (begun / "trials" / "notes").is_dir()
+    written = json.loads((begun / "result.json").read_text())
+    assert written["best"]["digest"] == open_artifact(begun / "best").digest
+
+
+@quick
+@pytest.mark.usefixtures("imagined")
+def test_a_final_measurement_that_fails_leaves_the_brief_one_with_a_doubt(begun, monkeypatch):
+    real = search.measure
+
+    def measured(*args, test: bool, **settings):
+        if test:
+            raise WorkloadError("test_score(predict) raised ValueError")
+        return real(*args, test=test, **settings)
+
+    monkeypatch.setattr(search, "measure", measured)
+    result = _search(begun, resume=True)
+    assert result.best and result.best.test_score is None and result.verdict == "accepted"
+    assert any("could not be measured fully" in doubt for doubt in result.best.doubts)
+    assert json.loads((begun / "result.json").read_text())["best"]["digest"] == result.best.digest
 
 
 def test_a_network_that_no_target_takes_is_bad_input(tmp_path):

@@ -136,7 +136,7 @@ def test_importing_the_package_imports_no_optional_runtime() -> None:
 
 
 def test_help_does_not_import_torch() -> None:
-    run = "import runpy; sys.argv[1:] = ['--help']; runpy.run_module('featherweight.cli', run_name='__main__')"
+    run = "import runpy; sys.argv[1:] = ['--help']; runpy.run_module('featherweight', run_name='__main__')"
     assert sorted({"torch", *OPTIONAL} & _loaded_after(run)) == []
 
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 
 from featherweight import surgery
 from featherweight.encodings import Affine, InputQuantizer, Masked, affine_scale
@@ -73,6 +74,69 @@ def test_long_lists_are_cut():
         surgery.select(nn.Sequential(*[nn.Linear(1, 1) for _ in range(25)]), "x", (nn.Linear,))
 
 
+class Mixed(nn.Module):
+    """Layers with weights of many kinds, some in a parametrization, and one tensor of the network's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = nn.Parameter(torch.zeros(1, 4))
+        self.linear, self.norm, self.rnn = nn.Linear(4, 4), nn.LayerNorm(4), nn.GRU(4, 4)
+        self.conv = parametrizations.weight_norm(nn.Conv1d(4, 4, 1))
+        self.pruned = nn.Conv1d(4, 4, 1)
+        surgery.encode(self.pruned, Masked(self.pruned.weight, self.pruned.weight > 0))
+
+
+def test_layers_with_weights_that_a_step_does_not_treat_are_named():
+    with surgery.recording() as coverage:
+        surgery.leave_others(Mixed(), "*", ["linear"], "quantize_x")
+    assert coverage.left == [
+        ("", "is of kind Mixed, which quantize_x does not treat (places)"),
+        ("rnn", "is of kind GRU, which quantize_x does not treat (weight_ih_l0, weight_hh_l0)"),
+        ("conv", "is of kind Conv1d, which quantize_x does not treat (weight)"),
+        ("pruned", "is of kind Conv1d, which quantize_x does not treat (weight)"),
+    ]
+    with surgery.recording() as coverage:
+        surgery.leave_others(Mixed(), "!conv, !pruned, !", ["linear", "rnn"], "quantize_x")
+    assert not coverage.left
+
+
+class ByKeyword(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.a(input=x)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.middle, self.head = nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 9, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        return self.head(self.middle(self.embed(ids)))
+
+
+def test_layers_that_share_a_weight_are_one_group():
+    net = Tied()
+    layers = surgery.select(net, "*", (nn.Linear, nn.Embedding))
+    assert [list(group) for group in surgery.groups_by_weight(net, layers)] == [["embed", "head"], ["middle"]]
+    encoding = Masked(net.embed.weight, net.embed.weight > 0)
+    for layer in (net.embed, net.head):
+        surgery.encode(layer, encoding)
+    assert [list(group) for group in surgery.groups_by_weight(net, layers)] == [["embed", "head"], ["middle"]]
+
+
+def test_layers_that_share_a_weight_with_one_that_is_left_out_are_left():
+    net = Tied()
+    with surgery.recording() as coverage:
+        groups = surgery.groups_by_weight(net, surgery.select(net, "*", (nn.Linear,)))
+    assert [list(group) for group in groups] == [["middle"]]
+    assert coverage.left == [("head", "shares its weight with 'embed', which is left out")]
+
+
 # ------------------------------------------------------------------------------------------------ changing
 
 
@@ -101,6 +165,79 @@ def test_encoding_again_replaces_what_was_stored():
     assert isinstance(surgery.encoding_of(net[0]), Affine)
     assert bool((net[0].weight[zeros] == 0).all())
     assert not any("values" in name for name in net.state_dict())
+
+
+@pytest.mark.parametrize("norm", ["masked", "spectral norm"])
+def test_encoding_a_copy_leaves_the_original_whole(norm):
+    """torch derives a class for a parametrized layer, which copies share, and takes properties off it again."""
+    layer, x = nn.Linear(8, 4).eval(), torch.randn(3, 8)
+    if norm == "masked":
+        surgery.encode(layer, Masked(layer.weight, layer.weight > 0))
+    else:
+        parametrizations.spectral_norm(layer)
+    wanted = layer(x)
+    encode8(copy.deepcopy(layer))
+    assert torch.equal(layer(x), wanted)
+
+
+NORMED = {
+    "weight norm": parametrizations.weight_norm,
+    "spectral norm": parametrizations.spectral_norm,
+    "old weight norm": weight_norm,
+    "old spectral norm": spectral_norm,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+@pytest.mark.parametrize("norm", NORMED)
+def test_a_weight_that_is_computed_is_encoded_as_a_plain_one(norm):
+    layer, x = NORMED[norm](nn.Linear(8, 4)).eval(), torch.randn(3, 8)
+    wanted = layer(x).detach()
+    assert surgery.is_computed(layer)
+    encode8(layer)
+    assert not surgery.is_computed(layer)
+    assert [name for name, _ in layer.named_parameters()] == ["bias"]
+    assert surgery.kind_of(layer) is nn.Linear and not layer._forward_pre_hooks
+    torch.testing.assert_close(layer(x), wanted, rtol=0.05, atol=0.05)
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+def test_a_dense_weight_is_what_the_next_run_would_use():
+    layer, x = weight_norm(nn.Linear(8, 4)).eval(), torch.randn(3, 8)
+    with torch.no_grad():
+        layer.weight_g.mul_(2.0)  # the hook has not run since
+    weight = surgery.dense_of(layer)
+    assert torch.equal(nn.functional.linear(x, weight, layer.bias), layer(x))
+
+
+def test_encoding_a_layer_does_not_touch_one_that_uses_its_weight_too():
+    net = Tied()
+    before = net.embed.weight.detach().clone()
+    encode8(net.head)
+    assert net.embed.weight.requires_grad
+    other = parametrizations.spectral_norm(nn.Linear(4, 9))
+    other.parametrizations.weight.original = net.embed.weight
+    encode8(other)
+    assert torch.equal(net.embed.weight, before)
+
+
+def test_a_shared_encoding_is_thawed_once():
+    net, ids = Tied(), torch.tensor([[1, 2]])
+    encoding = Affine(net.embed.weight, affine_scale(net.embed.weight, 8, 0), bits=8)
+    for layer in (net.embed, net.head):
+        surgery.encode(layer, encoding)
+    with surgery.thawed(net):
+        assert [name for name, _ in net.named_parameters() if "latent" in name] == [
+            "embed.parametrizations.weight.0.latent"
+        ]
+        net(ids).sum().backward()
+        both = encoding.latent.grad.clone()
+        with torch.no_grad():
+            encoding.latent.neg_()
+    assert int((both != 0).any(1).sum()) == 9  # the head's gradient reaches the rows that were not looked up
+    assert torch.equal(net.embed.weight, net.head.weight)
+    assert surgery.encoding_of(copy.deepcopy(net).head) is not encoding
 
 
 def test_rounding_twice_is_refused():
@@ -145,6 +282,16 @@ def test_watching_sees_every_first_input_and_leaves_no_hook():
     with pytest.raises(ZeroDivisionError):
         surgery.watch_inputs(net, layers, batches, lambda name, x: 1 / 0)
     assert not any(module._forward_pre_hooks for module in net.modules())
+
+
+def test_layers_that_are_called_by_keyword_are_watched_and_quantized():
+    net, seen, x = ByKeyword(), [], torch.rand(3, 4)
+    surgery.watch_inputs(net, {"a": net.a}, [(x,)], lambda name, value: seen.append((name, value)))
+    assert seen[0][0] == "a" and torch.equal(seen[0][1], x)
+    surgery.quantize_input(net.a, InputQuantizer(0.0, 0.5))
+    wanted = net.a.weight @ surgery.input_quantizer(net.a)(x).T
+    torch.testing.assert_close(net(x), wanted.T + net.a.bias)
+    torch.testing.assert_close(surgery.trace(net, (x,)).module()(x), net(x))
 
 
 # ------------------------------------------------------------------------------------------------ tracing

@@ -34,7 +34,7 @@ from tqdm import tqdm
 from featherweight.errors import LayerError, WorkloadError
 from featherweight.passes import Pass
 from featherweight.settings import Choice, Range
-from featherweight.surgery import done, matches, thawed
+from featherweight.surgery import done, layer_of, matches, thawed
 from featherweight.workload import Batch, Workload, call, outputs, tensors
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -123,9 +123,21 @@ class DistillSoft(Pass):
                 )
         span = max(1, len(losses) // 10)
         first, last = sum(losses[:span]) / span, sum(losses[-span:]) / span
+        said = f"distilled {len(losses)} steps ({self._loss_names(workload)}), loss {first:.3g} → {last:.3g}"
         for layer in dict.fromkeys(layer_of(name) for name in parameters):
-            done(layer, f"distilled {len(losses)} steps, loss {first:.3g} → {last:.3g}")
+            done(layer, said)
         return model
+
+    def _loss_names(self, workload: Workload) -> str:
+        """The names of the losses that the outputs get."""
+        with torch.no_grad():
+            found = outputs(call(workload.model, workload.example))
+        return " and ".join(dict.fromkeys(self._kind(output) for output in found if output.is_floating_point()))
+
+    def _kind(self, output: Tensor) -> str:
+        if self.loss != "auto":
+            return self.loss
+        return "kl" if looks_like_logits(output) else "mse"
 
     def _train(
         self,
@@ -174,8 +186,9 @@ class DistillSoft(Pass):
                 f"original returns {tuple(teacher.shape)}: an earlier step changed the shape. Exclude the last layer "
                 "from that step with where."
             )
-        kl = self.loss == "kl" or (self.loss == "auto" and looks_like_logits(teacher))
-        return soft_loss(student, teacher, self.temperature) if kl else relative_error(student, teacher)
+        if self._kind(teacher) == "kl":
+            return soft_loss(student, teacher, self.temperature)
+        return relative_error(student, teacher)
 
     def _diverged(self, step: int, teacher: Sequence[Tensor]) -> str:
         if not all(bool(t.isfinite().all()) for t in teacher):
@@ -187,16 +200,6 @@ class DistillSoft(Pass):
             f"distill_soft: the loss became NaN or infinite in step {step} with lr={self.lr:g}. Lower lr, to "
             f"{self.lr / 10:g} say; if that does not help, an earlier step broke the model: try without it."
         )
-
-
-def layer_of(parameter: str) -> str:
-    """The name of the layer that a parameter serves.
-
-    >>> layer_of("blocks.0.conv.bias"), layer_of("blocks.0.conv.parametrizations.weight.0.latent")
-    ('blocks.0.conv', 'blocks.0.conv')
-    """
-    layer, mark, _ = f".{parameter}".rpartition(".parametrizations.")
-    return (layer if mark else parameter.rpartition(".")[0]).lstrip(".")
 
 
 def trainable(model: nn.Module, where: str) -> dict[str, nn.Parameter]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from featherweight.encodings import Masked
 from featherweight.errors import RecipeError
 from featherweight.passes import Pass
-from featherweight.surgery import done, encode, encoding_of, left, replace, select, trace
+from featherweight.surgery import done, encode, encoding_of, is_computed, kind_of, left, replace, select, trace
 from featherweight.workload import Workload
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -75,6 +75,8 @@ class FoldBatchnorm(Pass):
         before = _layers_before(model, trace(model, workload.example).graph)
         for name, norm in norms.items():
             layer, reason = before.get(name, ("", "the network does not call it"))
+            if kind_of(norm) not in NORMS:
+                reason = f"is of kind {kind_of(norm).__name__}, which may do more than normalise"
             if reason or norm.running_mean is None:
                 left(name, reason or "it has no running statistics: it normalises each batch by itself")
                 continue
@@ -133,6 +135,12 @@ def _why_not(model: nn.Module, source: torch.fx.Node, layer: str) -> str:
     """Why a batch norm of `source`, computed in the module `layer`, cannot be folded; "" where it can."""
     if not _computes(source) or not isinstance(model.get_submodule(layer), LAYERS):
         return "what comes before it is no convolution or linear layer"
+    if kind_of(model.get_submodule(layer)) not in LAYERS:
+        return (
+            f"{layer} is of kind {kind_of(model.get_submodule(layer)).__name__}, which may do more than its weight says"
+        )
+    if any(is_computed(model.get_submodule(layer), tensor) for tensor in ("weight", "bias")):
+        return f"the weight of {layer} is computed anew at every run, by weight norm or the like"
     if len(source.users) > 1:
         return f"the output of {layer} is read elsewhere too, before normalisation"
     if "linear" in str(source.target) and source.meta["val"].dim() != 2:

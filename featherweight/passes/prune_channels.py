@@ -28,7 +28,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from featherweight.coupling import Group, Slice, groups, tensor_of, trial
-from featherweight.errors import LayerError
+from featherweight.errors import LayerError, WorkloadError
 from featherweight.passes import Pass
 from featherweight.settings import Choice, Range
 from featherweight.surgery import done, left, matches
@@ -248,7 +248,10 @@ def taylor(model: nn.Module, chosen: Sequence[Group], batches: Sequence[Batch]) 
             parameter.requires_grad_(any(parameter is weight for weight in read.values()))
         for batch in _small(batches):
             with torch.enable_grad():
-                loss = noisy_loss([y for y in outputs(call(model, batch)) if y.is_floating_point()], rng)
+                results = outputs(call(model, batch))
+                loss = noisy_loss([y for y in results if y.is_floating_point()], rng)
+                if not loss.requires_grad:
+                    raise WorkloadError(_no_gradient(results, read))
                 gradients = torch.autograd.grad(loss, list(read.values()), allow_unused=True)
             effects = {
                 name: weight.detach() * (torch.zeros_like(weight) if gradient is None else gradient)
@@ -260,6 +263,19 @@ def taylor(model: nn.Module, chosen: Sequence[Group], batches: Sequence[Batch]) 
         for parameter, flag in wanted.items():
             parameter.requires_grad_(flag)
     return total
+
+
+def _no_gradient(results: Sequence[Tensor], read: Mapping[str, Tensor]) -> str:
+    if not any(output.is_floating_point() for output in results):
+        why = f"the model's {len(results)} outputs are whole numbers"
+    elif not read:
+        why = "no layer's weights read the channels that may go"
+    else:
+        why = "the model's forward cuts its outputs off from its weights, with detach, no_grad or argmax"
+    return (
+        "prune_channels with importance taylor needs the gradient of the outputs, but "
+        f"{why}. Return logits or other floats from its forward, or set importance: magnitude."
+    )
 
 
 def _over_slices(slices: Sequence[Slice], values: Mapping[Slice, Float[np.ndarray, " size"]]) -> Scores:

@@ -23,7 +23,7 @@ from featherweight.encodings import Masked
 from featherweight.errors import RecipeError
 from featherweight.passes import Pass
 from featherweight.settings import Choice, Range
-from featherweight.surgery import done, encode, encoding_of, left, select
+from featherweight.surgery import dense_of, done, encode, encoding_of, groups_by_weight, leave_others, left, select
 from featherweight.workload import Workload
 
 KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -68,18 +68,21 @@ class PruneMagnitude(Pass):
 
     def apply(self, model: nn.Module, workload: Workload) -> nn.Module:
         layers = select(model, self.where, KINDS)
-        weights = {name: _weight(name, layer) for name, layer in layers.items()}
+        groups = groups_by_weight(model, layers)
+        weights = [_weight(*next(iter(group.items()))) for group in groups]
         if self.scope == "global":
-            masks = largest_of_all(list(weights.values()), self.share)
+            masks = largest_of_all(weights, self.share)
         else:
-            masks = [largest(weight, self.share) for weight in weights.values()]
-        for (name, weight), mask in zip(weights.items(), masks, strict=True):
-            if bool(mask.all()):
-                left(name, "its weights are all larger than those that go")
-                continue
-            encoding = Masked(weight, mask)
-            encode(layers[name], encoding)
-            done(name, encoding.describe())
+            masks = [largest(weight, self.share) for weight in weights]
+        for group, weight, mask in zip(groups, weights, masks, strict=True):
+            encoding, spared = Masked(weight, mask), bool(mask.all())
+            for name, layer in group.items():
+                if spared:
+                    left(name, "its weights are all larger than those that go")
+                    continue
+                encode(layer, encoding)
+                done(name, encoding.describe())
+        leave_others(model, self.where, layers, self.name())
         return model
 
 
@@ -90,4 +93,4 @@ def _weight(name: str, layer: nn.Module) -> Tensor:
             f"prune_magnitude would zero weights of {name!r}, which an earlier step stored as {encoding.describe()}. "
             "Put prune_magnitude before that step."
         )
-    return layer.weight.detach()  # type: ignore[operator]
+    return dense_of(layer)

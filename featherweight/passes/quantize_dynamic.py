@@ -16,24 +16,41 @@ from torch import nn
 
 from featherweight.encodings import Affine, DynamicQuantizer, affine_scale
 from featherweight.passes import Pass
-from featherweight.surgery import done, encode, quantize_input, refuse_quantized, select
+from featherweight.surgery import (
+    dense_of,
+    done,
+    encode,
+    groups_by_weight,
+    leave_others,
+    quantize_input,
+    refuse_quantized,
+    select,
+    watch_inputs,
+)
 from featherweight.workload import Workload
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeDynamic(Pass):
-    """Stores linear layers (and embeddings) in 8 bits; linear layers round their input by its own range."""
+    """Stores linear layers (and embeddings) in 8 bits; linear layers round their input by its own range.
+
+    Linear layers that the network reads weights of but does not call, as attention does, have no input to round.
+    """
 
     def apply(self, model: nn.Module, workload: Workload) -> nn.Module:
         layers = select(model, self.where, (nn.Linear, nn.Embedding))
         refuse_quantized(layers, self.name())
-        for name, layer in layers.items():
-            weight = layer.weight.detach()  # type: ignore[operator]
+        called: set[str] = set()
+        linear = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}
+        watch_inputs(model, linear, workload.calibration[:1], lambda name, _: called.add(name))
+        for group in groups_by_weight(model, layers):
+            weight = dense_of(next(iter(group.values())))
             encoding = Affine(weight, affine_scale(weight, 8, 0), bits=8, axis=0)
-            encode(layer, encoding)
-            if isinstance(layer, nn.Linear):
-                quantize_input(layer, DynamicQuantizer())
-                done(name, f"{encoding.describe()}, inputs uint8 by their own range")
-            else:
-                done(name, encoding.describe())
+            for name, layer in group.items():
+                encode(layer, encoding)
+                if name in called:
+                    quantize_input(layer, DynamicQuantizer())
+                inputs = ", inputs uint8 by their own range" if name in called else ""
+                done(name, f"{encoding.describe()}{inputs}")
+        leave_others(model, self.where, layers, self.name())
         return model

@@ -24,7 +24,17 @@ from torch import Tensor, nn
 from featherweight.encodings import Affine, InputQuantizer, affine_scale
 from featherweight.passes import Pass
 from featherweight.settings import Choice
-from featherweight.surgery import done, encode, quantize_input, refuse_quantized, select, watch_inputs
+from featherweight.surgery import (
+    dense_of,
+    done,
+    encode,
+    groups_by_weight,
+    leave_others,
+    quantize_input,
+    refuse_quantized,
+    select,
+    watch_inputs,
+)
 from featherweight.workload import Workload
 
 WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -126,23 +136,25 @@ class QuantizeStatic(Pass):
         refuse_quantized(layers, self.name())
         weighted = {name: layer for name, layer in layers.items() if isinstance(layer, WEIGHTED)}
         statistics = _watch(model, weighted, workload)
-        for name, layer in layers.items():
-            weight = layer.weight.detach()  # type: ignore[operator]
+        for group in groups_by_weight(model, layers):
+            weight = dense_of(next(iter(group.values())))
             encoding = Affine(weight, affine_scale(weight, 8, 0), bits=8, axis=0)
-            encode(layer, encoding)
-            if name not in statistics:
-                done(name, encoding.describe())
-                continue
-            low, high = statistics[name].range(self.range)
-            quantize_input(layer, InputQuantizer(low, high))
-            if self.bias_correction:
-                _correct_bias(layer, encoding.decode() - weight, statistics[name].mean())
-            done(name, f"{encoding.describe()}, inputs uint8 in {low:.4g}…{high:.4g}")
+            for name, layer in group.items():
+                encode(layer, encoding)
+                if name not in statistics:
+                    done(name, encoding.describe())
+                    continue
+                low, high = statistics[name].range(self.range)
+                quantize_input(layer, InputQuantizer(low, high))
+                if self.bias_correction:
+                    _correct_bias(layer, encoding.decode() - weight, statistics[name].mean())
+                done(name, f"{encoding.describe()}, inputs uint8 in {low:.4g}…{high:.4g}")
+        leave_others(model, self.where, layers, self.name())
         return model
 
 
 def _watch(model: nn.Module, layers: Mapping[str, nn.Module], workload: Workload) -> dict[str, InputStatistics]:
-    """Statistics of every layer's input; layers that calibration never reaches have none."""
+    """Statistics of every layer's input; layers that are never called have none."""
     keep = max(1, SAMPLE // len(workload.calibration))
     found: dict[str, InputStatistics] = {}
 

@@ -13,12 +13,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from torch import nn
+from torch import Tensor, nn
 
 from featherweight.encodings import Affine, affine_scale
 from featherweight.passes import Pass
 from featherweight.settings import Choice
-from featherweight.surgery import done, encode, left, refuse_quantized, select
+from featherweight.surgery import (
+    dense_of,
+    done,
+    encode,
+    groups_by_weight,
+    leave_others,
+    left,
+    refuse_quantized,
+    select,
+)
 from featherweight.workload import Workload
 
 KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Embedding)
@@ -53,14 +62,19 @@ class QuantizeWeights(Pass):
     def apply(self, model: nn.Module, workload: Workload) -> nn.Module:
         layers = select(model, self.where, KINDS)
         refuse_quantized(layers, self.name())
-        for name, layer in layers.items():
-            weight = layer.weight.detach()  # type: ignore[operator]
-            if weight[0].numel() < 2:
-                left(name, "its rows hold one weight each: a scale would weigh more than it saves")
-                continue
-            block = fitting_block(weight[0].numel(), self.block) if self.block else 0
-            scale = affine_scale(weight, self.bits, 0, block, self.search)
-            encoding = Affine(weight, scale, bits=self.bits, axis=0, block=block)
-            encode(layer, encoding)
-            done(name, encoding.describe())
+        for group in groups_by_weight(model, layers):
+            weight = dense_of(next(iter(group.values())))
+            encoding = None if weight[0].numel() < 2 else self._encoding(weight)
+            for name, layer in group.items():
+                if encoding is None:
+                    left(name, "its rows hold one weight each: a scale would weigh more than it saves")
+                    continue
+                encode(layer, encoding)
+                done(name, encoding.describe())
+        leave_others(model, self.where, layers, self.name())
         return model
+
+    def _encoding(self, weight: Tensor) -> Affine:
+        block = fitting_block(weight[0].numel(), self.block) if self.block else 0
+        scale = affine_scale(weight, self.bits, 0, block, self.search)
+        return Affine(weight, scale, bits=self.bits, axis=0, block=block)

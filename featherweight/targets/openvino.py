@@ -9,6 +9,7 @@ by itself on some processors, is slower without matrix units and changes results
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,7 @@ class OpenVINO(Target):
         ov = _openvino()
         proto = onnx_ir.to_proto(to_onnx(model, workload))
         try:
-            network = ov.Core().read_model(proto.SerializeToString())
+            network = _core().read_model(proto.SerializeToString())
         except Exception as error:
             raise ExportError(
                 f"openvino cannot read {type(model).__name__}: {' '.join(str(error).split())[:300]} "
@@ -52,7 +53,7 @@ class OpenVINO(Target):
         ov.save_model(network, folder / "model.xml", compress_to_fp16=False)
 
     def load(self, folder: Path, threads: int) -> Runner:
-        network = _openvino().Core().read_model(folder / "model.xml")
+        network = _core().read_model(folder / "model.xml")
         requests: dict[tuple[tuple[int, ...], ...], Any] = {}
 
         def run(inputs: Arrays) -> list[np.ndarray]:
@@ -69,7 +70,7 @@ class OpenVINO(Target):
         return run
 
     def profile(self, folder: Path, inputs: Arrays, threads: int) -> list[Kernel]:
-        network = _openvino().Core().read_model(folder / "model.xml")
+        network = _core().read_model(folder / "model.xml")
         compiled = _compiled(network, tuple(array.shape for array in inputs), threads, PERF_COUNT=True)
         request = compiled.create_infer_request()
         for _ in range(3):
@@ -88,13 +89,25 @@ def _openvino() -> Any:
     return openvino
 
 
+@cache
+def _core() -> Any:
+    """One for the whole process. A core that goes takes with it the memory that it registered for signal handlers.
+
+    That happens on processors with AMX where a handler stack was registered before, as faulthandler does (pytest and
+    notebooks switch it on); the next signal, Ctrl-C say, then ends the process with a segmentation fault.
+    """
+    return _openvino().Core()
+
+
 def _compiled(network: Any, shapes: tuple[tuple[int, ...], ...], threads: int, **more: Any) -> Any:
     """`network` compiled for these input shapes, or for free ones where there are none."""
     ov = _openvino()
+    if _joins_rows(network):
+        more["SNIPPETS_MODE"] = "DISABLE"
     if shapes:
         network = network.clone()
         network.reshape(dict(zip(network.inputs, [ov.PartialShape(list(shape)) for shape in shapes], strict=True)))
-    return ov.Core().compile_model(
+    return _core().compile_model(
         network,
         "CPU",
         {
@@ -104,6 +117,21 @@ def _compiled(network: Any, shapes: tuple[tuple[int, ...], ...], threads: int, *
             "PERFORMANCE_HINT": "LATENCY",
             **more,
         },
+    )
+
+
+def _joins_rows(network: Any) -> bool:
+    """Whether two computed matrices are added, say, as in a residual network on rows of features.
+
+    OpenVINO 2026.4 merges narrow linear layers round such sums (`snippets`), and ends the process with a segmentation
+    fault where there are two: x + mlp(x) twice on (n, 16) is enough. Attention, which gains by snippets, has no such.
+    """
+    return any(
+        node.get_type_name() in ("Add", "Subtract", "Multiply", "Divide")
+        and len(node.get_output_partial_shape(0)) == 2
+        and all(value.get_source_output().get_node().get_type_name() != "Constant" for value in node.inputs())
+        for node in network.get_ops()
+        if node.get_output_size() and node.get_output_partial_shape(0).rank.is_static
     )
 
 

@@ -1,13 +1,15 @@
 """PyTorch itself: an exported program, `model.pt2`, for wherever torch is at hand and nothing else.
 
-The file is an archive of JSON and raw tensors. Before it is read it is checked to be no more than that: torch's own
-reader would unpickle sample inputs and evaluate size expressions, so files that carry either are refused. When it
-is loaded, quantized layers become oneDNN's int8 operators, and weights that are only stored in few bits are decoded
+The file is an archive of JSON and raw tensors. Before it is read, and after it is written, it is checked to be no
+more than that: torch's own reader would unpickle objects, look up any attribute as an operator and evaluate size
+expressions, so files that hold other than tensors, known operators and arithmetic on sizes are refused. When it is
+loaded, quantized layers become oneDNN's int8 operators, and weights that are only stored in few bits are decoded
 once. Nothing is compiled: the gain over eager is smaller than that of the other targets.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import zipfile
@@ -25,9 +27,33 @@ if TYPE_CHECKING:
 
     from featherweight.workload import Workload
 
-OPERATORS = re.compile(r"(torch\.ops\.(aten|featherweight)\.[\w.]+|_operator\.\w+|math\.\w+)")
-SYMBOL = re.compile(r"Symbol\('[su]\d+'(, (positive|integer|nonnegative)=(True|False))*\)")
-SIZES = re.compile(r"[\d+\-*/(), ]*|-?int_oo")  # what a size may be, once its symbols are taken out
+# Nothing else of an archive is read. In particular: no pickle, no library, no source.
+RECORDS = re.compile(
+    r"[\w.-]+/(data/weights/weight_\d+|data/constants/tensor_\d+|data/(weights|constants)/model_\w+_config\.json"
+    r"|models/model\.json|data/sample_inputs/model\.pt|archive_format|archive_version|byteorder|\.data/\w+)"
+)
+PAYLOAD = re.compile(r"(weight|tensor)_\d+")  # torch's reader unpickles payloads of other names
+OPERATORS = re.compile(
+    r"torch\.ops\.(aten\.(?!from_file\b)|featherweight\.)[\w.]+"
+    r"|_operator\.(getitem|add|sub|mul|floordiv|truediv|mod|neg|pos|pow|eq|ne|lt|le|gt|ge|and_|or_|not_)"
+    r"|math\.(ceil|floor|trunc|sqrt)|torch\.sym_(float|int|ite|max|min|not|sqrt)"
+)
+NAME = re.compile(r"[\w.+]*")  # names become part of the source that torch.fx generates
+TEXT = re.compile(r"[\w.+,> -]*")  # what operators take, quoted there: "same", "bij,bjk->bik"
+SPECS = ("in_spec", "out_spec")  # JSON inside the JSON
+# torch evaluates sizes, so they must be written in these words. Their value grows no faster than their length.
+SYMBOL = re.compile(r"Symbol\('[su]\d{1,9}'(, (positive|integer|nonnegative)=(True|False))*\)")
+NUMBER = re.compile(
+    r"Integer\(-?\d{1,20}\)|Rational\(-?\d{1,20}, \d{1,20}\)|Float\('-?\d{1,20}(\.\d{1,40})?', precision=\d{1,3}\)"
+    r"|Pow\(@, Integer\(-?\d\)\)"  # of a symbol only
+)
+ARITHMETIC = re.compile(
+    r"(Add|Mul|Max|Min|Mod|FloorDiv|CleanDiv|PythonMod|IntTrueDiv|FloatTrueDiv|CeilToInt|FloorToInt|TruncToInt|ToFloat"
+    r"|FloatPow|Equality|Unequality|LessThan|StrictLessThan|GreaterThan|StrictGreaterThan|And|Or|Not)\(@(, @)*\)"
+)
+SIZE = re.compile(r"@|-?\d{1,20}|-?int_oo|true|false")  # what is left when the above were taken out from inside
+DEEPEST_SIZE = 50
+LARGEST_SIZE = 10_000  # characters
 LARGEST_JSON = 64 << 20
 INT8_OPERATORS = ("onednn::qconv", "onednn::qlinear")
 
@@ -44,9 +70,11 @@ class Torch(Target):
         from featherweight.surgery import trace
 
         program = trace(model, workload.example)
+        _inline_blocks(program)
         program._example_inputs = None  # the archive would hold them pickled
+        program._guards_code = []  # Python source, which a reader would have to run
         for node in program.graph.nodes:  # where the network was made is nobody's business
-            for note in ("stack_trace", "nn_module_stack", "source_fn_stack"):
+            for note in ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn"):
                 node.meta.pop(note, None)
         try:
             torch.export.save(program, folder / "model.pt2")
@@ -56,6 +84,12 @@ class Torch(Target):
                 "Replace the operator that it names, or choose another target."
             ) from error
         _without_pickles(folder / "model.pt2")
+        for complaint in _archive_complaints(folder / "model.pt2"):
+            (folder / "model.pt2").unlink()
+            raise ExportError(
+                f"torch cannot hold {type(model).__name__} as data: {complaint}. Replace what it names in the network, "
+                "take torch.autocast out of forward if it is that, or choose another target."
+            )
 
     def load(self, folder: Path, threads: int) -> Runner:
         import torch
@@ -72,9 +106,7 @@ class Torch(Target):
             return network(**dict(zip(names, values, strict=True))) if names else network(*values)
 
         def run(inputs: Arrays) -> list[np.ndarray]:
-            if torch.get_num_threads() != threads:
-                torch.set_num_threads(threads)
-            with torch.inference_mode():
+            with _threads(threads), torch.inference_mode():
                 return [value.numpy() for value in outputs(call([torch.from_numpy(array) for array in inputs]))]
 
         return run
@@ -97,6 +129,68 @@ class Torch(Target):
         ]
 
 
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """torch on `count` threads, and then on as many as before: the number is the whole process's."""
+    import torch
+
+    before = torch.get_num_threads()
+    if before != count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if before != count:
+            torch.set_num_threads(before)
+
+
+def _inline_blocks(program: Any) -> None:
+    """Blocks under torch.no_grad() or a disabled torch.autocast, which trace as calls of subgraphs, become plain nodes.
+
+    A program that is run computes the same without them: gradients are off in any case, and so is autocast.
+    """
+    for old, new in _inline_calls(program.graph_module).items():
+        program.graph_signature.replace_all_uses(old, new)
+
+
+def _inline_calls(module: Any) -> dict[str, str]:
+    """Inlines blocks in `module`, inner ones first. Returns the names of what they returned: old to new."""
+    import torch
+
+    library = torch.ops.higher_order
+    names: dict[str, str] = {}
+    for node in list(module.graph.nodes):
+        if node.target is library.wrap_with_set_grad_enabled:
+            block, *arguments = node.args[1:]
+        elif node.target is library.wrap_with_autocast and not node.args[2]:
+            block, *arguments = node.args[4:]
+        else:
+            continue
+        body = getattr(module, block.target)
+        _inline_calls(body)
+        if all(inner.op != "get_attr" for inner in body.graph.nodes):  # else a block is left in it
+            names |= _inline(module.graph, node, body.graph, arguments)
+    module.graph.eliminate_dead_code()
+    module.delete_all_unused_submodules()
+    module.recompile()
+    return names
+
+
+def _inline(graph: Any, call: Any, body: Any, arguments: list[Any]) -> dict[str, str]:
+    """Puts the nodes of `body` in the place of `call`, whose users are getitems on what the body returns."""
+    names = {}
+    inputs = [node for node in body.nodes if node.op == "placeholder"]
+    with graph.inserting_before(call):
+        results = graph.graph_copy(body, dict(zip(inputs, arguments, strict=True)))
+    for user in list(call.users):
+        result = results[user.args[1]]
+        names[user.name] = result.name
+        user.replace_all_uses_with(result)
+        graph.erase_node(user)
+    graph.erase_node(call)
+    return names
+
+
 # -------------------------------------------------------------------------------- the archive is data
 
 
@@ -111,22 +205,27 @@ def _without_pickles(path: Path) -> None:
 
 def check_archive(path: Path) -> None:
     """Raises an ArtifactError unless the archive holds raw tensors and graphs of known operators only."""
+    for complaint in _archive_complaints(path):
+        raise ArtifactError(f"{path} is no program that Featherweight wrote: {complaint}. Export the network again.")
+
+
+def _archive_complaints(path: Path) -> Iterator[str]:
+    """What in an archive is more than data."""
     try:
         with zipfile.ZipFile(path) as archive:
             for item in archive.infolist():
-                if item.filename.endswith(".json"):
+                if not RECORDS.fullmatch(item.filename):
+                    yield f"it contains {item.filename[:80]!r}, which is neither tensor nor graph"
+                elif item.filename.endswith(".json"):
                     if item.file_size > LARGEST_JSON:
-                        raise _refused(path, f"{item.filename} has {item.file_size} bytes")
-                    for complaint in _complaints(json.loads(archive.read(item))):
-                        raise _refused(path, f"{item.filename} {complaint}")
-                elif item.file_size and item.filename.endswith((".pkl", ".so", ".py", ".pt")):
-                    raise _refused(path, f"it contains {item.filename}, which would have to be unpickled or run")
-    except (zipfile.BadZipFile, json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise _refused(path, f"it cannot be read: {error}") from error
-
-
-def _refused(path: Path, why: str) -> ArtifactError:
-    return ArtifactError(f"{path} is no program that Featherweight wrote: {why}. Export the network again.")
+                        yield f"{item.filename} has {item.file_size} bytes"
+                    else:
+                        for complaint in _complaints(json.loads(archive.read(item))):
+                            yield f"{item.filename} {complaint}"
+                elif item.file_size and item.filename.endswith(".pt"):
+                    yield f"it contains {item.filename}, which would have to be unpickled or run"
+    except (zipfile.BadZipFile, ValueError, RecursionError, OSError) as error:  # ValueErrors: no JSON, or no Unicode
+        yield f"it cannot be read: {error}"
 
 
 def _complaints(value: Any, key: str = "") -> Iterator[str]:
@@ -134,13 +233,49 @@ def _complaints(value: Any, key: str = "") -> Iterator[str]:
     if isinstance(value, dict):
         if value.get("use_pickle"):
             yield "holds a pickled tensor"
+        if value.get("guards_code"):
+            yield "holds source code, as guards"
         for name, part in value.items():
+            if not NAME.fullmatch(name):
+                yield f"has the key {name[:80]!r}"
             yield from _complaints(part, name)
     elif isinstance(value, list):
         for part in value:
             yield from _complaints(part, key)
     elif isinstance(value, str):
-        if key == "target" and not OPERATORS.fullmatch(value):
-            yield f"calls {value!r}"
-        if key == "expr_str" and not SIZES.fullmatch(SYMBOL.sub("", value)):
-            yield f"has the size {value[:80]!r}"
+        yield from _text_complaints(value, key)
+
+
+def _text_complaints(text: str, key: str) -> Iterator[str]:
+    if key in ("target", "as_operator"):
+        if not OPERATORS.fullmatch(text):
+            yield f"calls {text[:80]!r}"
+    elif key == "path_name":
+        if not PAYLOAD.fullmatch(text):
+            yield f"reads {text[:80]!r}, which is no tensor"
+    elif key == "expr_str":
+        if not _is_size(text):
+            yield f"has the size {text[:80]!r}"
+    elif key in ("as_string", "as_strings"):
+        if not TEXT.fullmatch(text):
+            yield f"has the text {text[:80]!r}"
+    elif key in SPECS or (key == "context" and text.startswith("[")):
+        yield from _complaints(json.loads(text))
+    elif not NAME.fullmatch(text):
+        yield f"has the text {text[:80]!r} for {key}"
+
+
+def _is_size(text: str) -> bool:
+    """Whether a size is arithmetic on symbols and numbers, as sympy's srepr writes it, and nothing else.
+
+    >>> _is_size("Mul(Integer(2), Symbol('s77', positive=True, integer=True))"), _is_size("Mul(exit(), exit())")
+    (True, False)
+    """
+    if len(text) > LARGEST_SIZE:
+        return False
+    text = NUMBER.sub("@", SYMBOL.sub("@", text))
+    for _ in range(DEEPEST_SIZE):
+        text, count = ARITHMETIC.subn("@", text)
+        if not count:
+            break
+    return bool(SIZE.fullmatch(text))

@@ -154,7 +154,7 @@ def test_only_the_chosen_layers_move_and_flags_stay():
     with recording() as coverage:
         DistillSoft(where="2").apply(student, workload)
     assert [layer for layer, _ in coverage.done] == ["2"]
-    assert "distilled 4 steps, loss" in coverage.done[0][1]
+    assert "distilled 4 steps (kl), loss" in coverage.done[0][1]
     moved = [
         name
         for (name, a), (_, b) in zip(student.named_parameters(), before.named_parameters(), strict=True)
@@ -291,6 +291,14 @@ def test_every_floating_output_is_learnt(loss):
         return [(f(a, -1) - f(b, -1)).square().mean().item() for f, a, b in zip(as_meant, found, wanted, strict=False)]
 
     assert all(after < 0.2 * before for before, after in zip(errors(student), errors(trained), strict=True))
+
+
+@pytest.mark.parametrize(("settings", "said"), [({}, "kl and mse"), ({"loss": "kl"}, "kl"), ({"loss": "mse"}, "mse")])
+def test_it_says_which_loss_it_took(settings, said):
+    workload = workload_of(Several(), [(torch.randn(32, 4),)])
+    with recording() as coverage:
+        DistillSoft(steps=1, **settings).apply(copy.deepcopy(workload.model), workload)
+    assert all(what.startswith(f"distilled 1 steps ({said}), loss ") for _, what in coverage.done)
 
 
 def test_kl_and_mse_learn_different_things():

@@ -141,9 +141,47 @@ class OfTheBatch(nn.Module):
         return self.norm(self.conv(x))
 
 
+class NormAndActivation(nn.BatchNorm2d):
+    """As timm's BatchNormAct2d."""
+
+    def forward(self, x):
+        return torch.relu(super().forward(x))
+
+
+class Standardised(nn.Conv2d):
+    """As timm's StdConv2d."""
+
+    def forward(self, x):
+        return self._conv_forward(x, self.weight / self.weight.std(), self.bias)
+
+
+class OfAnotherKind(ReadTwice):
+    def __init__(self):
+        super().__init__()
+        self.norm = NormAndActivation(3)
+
+    def forward(self, x):
+        return self.norm(self.conv(x))
+
+
+class AfterAnotherKind(OfAnotherKind):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = Standardised(3, 3, 1), nn.BatchNorm2d(3)
+
+
+class AfterSpectralNorm(AfterAnotherKind):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 3, 1))
+
+
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
+        (OfAnotherKind, "is of kind NormAndActivation, which may do more than normalise"),
+        (AfterAnotherKind, "conv is of kind Standardised, which may do more than its weight says"),
+        (AfterSpectralNorm, "the weight of conv is computed anew at every run, by weight norm or the like"),
         (ReadTwice, "the output of conv is read elsewhere too, before normalisation"),
         (CalledTwice, "it or the layer before it is called more than once"),
         (LayerCalledTwice, "it or the layer before it is called more than once"),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from featherweight.coupling import groups
-from featherweight.errors import LayerError, RecipeError
+from featherweight.errors import LayerError, RecipeError, WorkloadError
 from featherweight.passes.prune_channels import (
     BATCH,
     EXAMPLES,
@@ -301,3 +301,34 @@ def test_after_quantization_it_is_refused():
     model = QuantizeWeights().apply(copy.deepcopy(workload.model), workload)
     with pytest.raises(RecipeError, match=r"int.*prune_channels, come before .* such as quantize_static"):
         PruneChannels().apply(model, workload)
+
+
+class Says(nn.Module):
+    """Two layers whose logits are put through `last`."""
+
+    def __init__(self, last):
+        super().__init__()
+        self.net, self.last = two_layers(), last
+
+    def forward(self, x):
+        return self.last(self.net(x))
+
+
+@pytest.mark.parametrize(
+    ("last", "why"),
+    [
+        (lambda y: y.argmax(-1), "the model's 1 outputs are whole numbers"),
+        (lambda y: y.detach(), "the model's forward cuts its outputs off from its weights"),
+    ],
+)
+def test_outputs_without_a_gradient_say_what_to_do(last, why):
+    workload = workload_of(Says(last), rows())
+    with pytest.raises(WorkloadError, match=f"{why}.*Return logits .*, or set importance: magnitude"):
+        PruneChannels().apply(copy.deepcopy(workload.model), workload)
+    assert size(pruned(workload, importance="magnitude")[0]) < size(workload.model)
+
+
+def test_weights_that_nothing_reads_say_what_to_do():
+    model, batches = two_layers(), rows()
+    with pytest.raises(WorkloadError, match=r"no layer's weights read the channels.*set importance: magnitude"):
+        taylor(model, [], batches)

@@ -108,6 +108,37 @@ def test_zeros_survive_quantization():
     assert bool((rounded[0].weight[zero] == 0).all())
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_zeros_survive_quantization_and_distillation(bits, tmp_path):
+    workload = networks()["mlp"]
+    pruned = PruneMagnitude(share=0.7).apply(copy.deepcopy(workload.model), workload)
+    zero = pruned[0].weight == 0
+    rounded = QuantizeWeights(bits=bits).apply(pruned, workload)
+    trained = DistillSoft(epochs=5, lr=0.1).apply(rounded, workload)
+    assert bool((trained[0].weight[zero] == 0).all())
+    sizes = []
+    for number, mask in enumerate((zero, None)):  # the mask is no part of what ships
+        encoding_of(trained[0]).mask = mask
+        (tmp_path / str(number)).mkdir()
+        targets.find("torch").export(trained, workload, tmp_path / str(number))
+        sizes.append(sum(path.stat().st_size for path in (tmp_path / str(number)).iterdir()))
+    assert sizes[0] < sizes[1] + zero.numel() / 2
+
+
+def test_a_weight_that_an_embedding_uses_too_is_left():
+    model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 20, bias=False)).eval()
+    model[2].weight = model[0].weight
+    ids = torch.randint(0, 20, (4, 5))
+    with recording() as coverage:
+        after = PruneMagnitude().apply(copy.deepcopy(model), workload_of(model, ids))
+    assert coverage.done == [("1", "50% zeros")]
+    assert coverage.left == [
+        ("2", "shares its weight with '0', which is left out"),
+        ("0", "is of kind Embedding, which prune_magnitude does not treat (weight)"),
+    ]
+    assert after[0].weight is after[2].weight
+
+
 def test_zeros_make_no_dense_file_smaller(tmp_path):
     workload = networks()["residual"]
     pruned = PruneMagnitude(share=0.9).apply(copy.deepcopy(workload.model), workload)

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from featherweight.artifact import count_parameters
+from featherweight.passes.distill_soft import DistillSoft, trainable
 from featherweight.passes.quantize_weights import QuantizeWeights
-from featherweight.surgery import encoding_of, recording
+from featherweight.surgery import encoding_of, recording, thawed
 from featherweight.workload import Workload
 
 
@@ -55,3 +57,54 @@ def test_rows_of_one_weight_are_left_with_the_reason():
         QuantizeWeights().apply(model, Workload(copy.deepcopy(model), (example,), [(example,)], lambda predict: 0.0))
     assert [layer for layer, _ in coverage.done] == ["1"]
     assert coverage.left == [("0", "its rows hold one weight each: a scale would weigh more than it saves")]
+
+
+def tied() -> Workload:
+    """The first and the last layer have one weight, as in Whisper."""
+    model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 20, bias=False)).eval()
+    model[2].weight = model[0].weight
+    ids = torch.randint(0, 20, (4, 5))
+    return Workload(model, (ids,), [(ids,)], lambda predict: 0.0)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_weight_that_layers_share_is_stored_and_trained_once(bits):
+    workload = tied()
+    after = QuantizeWeights(bits=bits).apply(copy.deepcopy(workload.model), workload)
+    assert encoding_of(after[0]) is encoding_of(after[2])
+    assert count_parameters(after) == 20 * 8 + 8 * 8 + 8
+    with thawed(after):
+        assert len(trainable(after, "*")) == 3
+    trained = DistillSoft(steps=3).apply(after, workload)
+    assert torch.equal(trained[0].weight, trained[2].weight)
+
+
+@pytest.mark.parametrize(("where", "left_out", "left"), [("!0", "0", "2"), ("!2", "2", "0")])
+def test_a_weight_that_a_layer_outside_uses_too_is_left(where, left_out, left):
+    workload = tied()
+    with recording() as coverage:
+        after = QuantizeWeights(where=where).apply(copy.deepcopy(workload.model), workload)
+    assert coverage.left == [(left, f"shares its weight with {left_out!r}, which is left out")]
+    assert [layer for layer, _ in coverage.done] == ["1"]
+    assert after[0].weight is after[2].weight
+    assert after[0].weight.requires_grad
+
+
+def test_a_weight_normed_layer_and_one_of_another_kind():
+    class Speech(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 8, 3), dim=2)
+            self.rnn = nn.GRU(8, 8, batch_first=True)
+
+        def forward(self, x):
+            return self.rnn(self.conv(x).transpose(1, 2))[0]
+
+    model, x = Speech().eval(), torch.randn(2, 4, 9)
+    with recording() as coverage:
+        after = QuantizeWeights().apply(copy.deepcopy(model), Workload(model, (x,), [(x,)], lambda predict: 0.0))
+    assert coverage.done == [("conv", "int8 per channel")]
+    assert coverage.left == [
+        ("rnn", "is of kind GRU, which quantize_weights does not treat (weight_ih_l0, weight_hh_l0)")
+    ]
+    torch.testing.assert_close(after(x), model(x), rtol=0.05, atol=0.05)

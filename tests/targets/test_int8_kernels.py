@@ -14,6 +14,7 @@ from featherweight.passes.quantize_weights import QuantizeWeights
 from featherweight.workload import Workload
 
 HEAVY = {"Conv", "Convolution", "FusedConv", "Gemm", "MatMul", "FullyConnected", "aten::conv2d", "aten::linear"}
+HEAVY |= {"aten::conv1d", "aten::convolution", "aten::mkldnn_convolution", "aten::addmm", "aten::mm", "aten::matmul"}
 
 
 class Residual(nn.Module):
@@ -33,6 +34,23 @@ class Residual(nn.Module):
         return self.head(self.pool(x).flatten(1))
 
 
+def in_floats(kernels: list[targets.Kernel]) -> list[targets.Kernel]:
+    return [k for k in kernels if k.precision == "fp32" and k.kind.removeprefix("Nhwc") in HEAVY]
+
+
+def off(runtime: targets.Target, folder: Path, model: nn.Module, x: torch.Tensor) -> float:
+    """How far what was exported is from the torch module, as a share of its output."""
+    (found,) = runtime.load(folder, threads=1)([x.numpy()])
+    with torch.no_grad():
+        wanted = model(x).numpy()
+    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+
+
+def in_8_bits(model: nn.Module, batches: list) -> tuple[nn.Module, Workload]:
+    workload = Workload(model, (batches[0][0][:2],), batches, lambda predict: 0.0)
+    return QuantizeStatic().apply(copy.deepcopy(model), workload), workload
+
+
 @pytest.fixture(scope="module")
 def workload() -> Workload:
     torch.manual_seed(0)
@@ -50,8 +68,7 @@ def test_int8_runs_on_int8_kernels(target, workload, tmp_path):
     kernels = runtime.profile(tmp_path, inputs, threads=1)
     int8 = [kernel for kernel in kernels if kernel.precision == "int8"]
     assert len(int8) >= (2 if target == "torch" else 4)  # torch's profiler merges kernels of one kind
-    in_floats = [k for k in kernels if k.precision == "fp32" and k.kind.removeprefix("Nhwc") in HEAVY - {"Gemm"}]
-    assert in_floats == []
+    assert in_floats(kernels) == []
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
@@ -88,3 +105,113 @@ def test_files_do_not_tell_where_they_were_made(target, workload, tmp_path):
     targets.find(target).export(workload.model, workload, tmp_path)
     here = str(Path(__file__).parent).encode()
     assert not any(here in path.read_bytes() or b"stack_trace" in path.read_bytes() for path in tmp_path.iterdir())
+
+
+class Tied(nn.Module):
+    """An embedding whose table is the output layer's weight as well, or is not."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.table, self.inner, self.out = nn.Embedding(500, 64), nn.Linear(64, 64), nn.Linear(64, 500, bias=False)
+        if tied:
+            self.out.weight = self.table.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.tanh(self.inner(self.table(ids))))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_onnxruntime_decodes_only_the_rows_that_are_read(tied, tmp_path):
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    ids = torch.randint(0, 500, (2, 8))
+    model, workload = in_8_bits(Tied(tied).eval(), [(ids,)])
+    runtime = targets.find("onnxruntime")
+    runtime.export(model, workload, tmp_path)
+    kinds = {kernel.kind for kernel in runtime.profile(tmp_path, [ids.numpy()], threads=1)}
+    assert "DequantizeLinear" not in kinds and "MatMul" not in kinds
+    assert off(runtime, tmp_path, model, ids) < 1e-5
+    tables = 1 if tied else 2
+    assert (tmp_path / "model.onnx").stat().st_size < (tables + 0.5) * 500 * 64  # one copy of each
+
+
+class PostNorm(nn.Module):
+    """A block of a post-norm transformer with a norm of large gain, whose sum reads what a quantized layer reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(32), nn.Linear(32, 64), nn.Linear(64, 32)
+        nn.init.constant_(self.norm.weight, 20.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.norm(x)
+        return h + self.down(nn.functional.gelu(self.up(h)))
+
+
+class Reshaped(nn.Module):
+    """A transposed tensor that a quantized layer reads, and a float sum too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.sin(x).transpose(1, 2)
+        return 0.01 * self.layer(h) + h
+
+
+@pytest.mark.parametrize(("network", "shape"), [(PostNorm, (4, 6, 32)), (Reshaped, (4, 32, 6))])
+def test_onnxruntime_leaves_float_readers_of_quantized_inputs_exact(network, shape, tmp_path):
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    batches = [(torch.randn(shape),) for _ in range(4)]
+    model, workload = in_8_bits(network().eval(), batches)
+    runtime = targets.find("onnxruntime")
+    runtime.export(model, workload, tmp_path)
+    assert off(runtime, tmp_path, model, batches[0][0]) < 1e-5
+
+
+def test_onnxruntime_adds_residuals_in_int8(workload, tmp_path):
+    pytest.importorskip("onnxruntime")
+    model, _ = in_8_bits(workload.model, workload.calibration)
+    runtime = targets.find("onnxruntime")
+    runtime.export(model, workload, tmp_path)
+    kinds = [kernel.kind for kernel in runtime.profile(tmp_path, [workload.example[0].numpy()], threads=1)]
+    assert "QLinearAdd" in kinds and "Add" not in kinds
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("target", targets.installed())
+def test_linear_layers_on_rows_run_in_int8(target, bias, tmp_path):
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(64, 128, bias=bias), nn.GELU(), nn.Linear(128, 32, bias=bias))
+    x = torch.randn(16, 64)
+    model, workload = in_8_bits(layers.eval(), [(x,)])
+    runtime = targets.find(target)
+    runtime.export(model, workload, tmp_path)
+    assert in_floats(runtime.profile(tmp_path, [x.numpy()], threads=1)) == []
+    assert off(runtime, tmp_path, model, x) <= runtime.tolerance
+
+
+CONVOLUTIONS = {
+    "same": (nn.Conv2d(8, 8, 3, padding="same"), (2, 8, 9, 9)),
+    "same, dilated": (nn.Conv2d(8, 8, 5, padding="same", dilation=2), (2, 8, 9, 9)),
+    "valid": (nn.Conv2d(8, 8, 3, padding="valid", stride=2), (2, 8, 9, 9)),
+    "same, even": (nn.Conv2d(8, 8, (4, 3), padding="same"), (2, 8, 9, 9)),
+    "in a row": (nn.Conv1d(8, 16, 3, stride=2, padding=1, groups=2), (2, 8, 21)),
+    "in a row, same": (nn.Conv1d(8, 16, 5, padding="same", dilation=2), (2, 8, 21)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding=.same. with even")
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_torch_runs_every_convolution_in_int8(name, tmp_path):
+    torch.manual_seed(0)
+    layer, shape = CONVOLUTIONS[name]
+    x = torch.randn(shape)
+    model, workload = in_8_bits(nn.Sequential(layer, nn.ReLU()).eval(), [(x,)])
+    runtime = targets.find("torch")
+    runtime.export(model, workload, tmp_path)
+    kernels = runtime.profile(tmp_path, [x.numpy()], threads=1)
+    assert in_floats(kernels) == [] and any(kernel.precision == "int8" for kernel in kernels)
+    assert off(runtime, tmp_path, model, x) < 1e-5

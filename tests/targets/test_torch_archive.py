@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from featherweight import targets
-from featherweight.errors import ArtifactError
-from featherweight.targets.torch import check_archive
-from featherweight.workload import Workload
+from featherweight.errors import ArtifactError, ExportError
+from featherweight.targets.torch import _is_size, check_archive
+from featherweight.workload import Workload, outputs
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +33,23 @@ def changed(archive: Path, tmp_path: Path, ending: str, edit) -> Path:
     return copy
 
 
-def test_what_was_written_is_accepted_and_holds_no_pickle(archive):
+def edited(change):
+    """An edit of a JSON record by a function that is given the parsed value."""
+
+    def edit(data: bytes) -> bytes:
+        value = json.loads(data)
+        change(value)
+        return json.dumps(value).encode()
+
+    return edit
+
+
+def test_what_was_written_is_accepted_and_holds_no_pickle_and_no_source(archive):
     check_archive(archive)
     with zipfile.ZipFile(archive) as opened:
         assert all(item.file_size == 0 for item in opened.infolist() if "sample_inputs" in item.filename)
+        (name,) = [name for name in opened.namelist() if name.endswith("models/model.json")]
+        assert json.loads(opened.read(name))["guards_code"] == []
 
 
 def test_pickled_inputs_are_refused(archive, tmp_path):
@@ -51,10 +64,54 @@ def test_pickled_weights_are_refused(archive, tmp_path):
         check_archive(changed(archive, tmp_path, "model_weights_config.json", edit))
 
 
-def test_other_calls_are_refused(archive, tmp_path):
-    edit = lambda data: data.replace(b"torch.ops.aten.relu.default", b"os.system")  # noqa: E731
-    with pytest.raises(ArtifactError, match=r"calls 'os\.system'"):
+@pytest.mark.parametrize("key", ["target", "as_operator"])
+@pytest.mark.parametrize(
+    "call", ["os.system", "_operator.attrgetter", "_operator.methodcaller", "torch.ops.aten.from_file.default"]
+)
+def test_other_calls_are_refused(archive, tmp_path, call, key):
+    def change(program):
+        (relu,) = [n for n in program["graph_module"]["graph"]["nodes"] if n["target"] == "torch.ops.aten.relu.default"]
+        if key == "target":
+            relu["target"] = call
+        else:
+            relu["inputs"][0]["arg"] = {"as_operator": call}
+
+    with pytest.raises(ArtifactError, match=f"calls '{call}'"):
+        check_archive(changed(archive, tmp_path, "models/model.json", edited(change)))
+
+
+@pytest.mark.parametrize("payload", ["opaque_obj_0", "custom_obj_0"])
+def test_objects_among_constants_are_refused(archive, tmp_path, payload):
+    def change(constants):
+        constants["config"]["thing"] = {"path_name": payload, "is_param": False, "use_pickle": False}
+
+    with pytest.raises(ArtifactError, match=f"reads '{payload}', which is no tensor"):
+        check_archive(changed(archive, tmp_path, "model_constants_config.json", edited(change)))
+
+
+def test_records_that_are_no_tensors_are_refused(archive, tmp_path):
+    bad = changed(archive, tmp_path, "none", bytes)
+    with zipfile.ZipFile(bad, "a") as opened:
+        opened.writestr("model/data/constants/opaque_obj_0", b"\x80\x04pickle")
+    with pytest.raises(ArtifactError, match=r"contains 'model/data/constants/opaque_obj_0', which is neither tensor"):
+        check_archive(bad)
+
+
+def test_guards_are_refused(archive, tmp_path):
+    edit = edited(lambda program: program.update(guards_code=["L['x'].size()[0] <= 8"]))
+    with pytest.raises(ArtifactError, match="holds source code, as guards"):
         check_archive(changed(archive, tmp_path, "models/model.json", edit))
+
+
+def test_names_of_inputs_that_are_source_are_refused(archive, tmp_path):
+    def change(program):
+        (entry,) = [e for e in program["graph_module"]["module_call_graph"] if e["fqn"] == ""]
+        version, spec = json.loads(entry["signature"]["in_spec"])
+        spec["children_spec"][1]["context"] = json.dumps(["x=__import__('os').system('true')"])
+        entry["signature"]["in_spec"] = json.dumps([version, spec])
+
+    with pytest.raises(ArtifactError, match='has the text "x=__import__'):
+        check_archive(changed(archive, tmp_path, "models/model.json", edited(change)))
 
 
 def test_sizes_that_are_code_are_refused(archive, tmp_path):
@@ -67,7 +124,98 @@ def test_sizes_that_are_code_are_refused(archive, tmp_path):
         check_archive(changed(archive, tmp_path, "models/model.json", edit))
 
 
+@pytest.mark.parametrize(
+    "size",
+    [
+        "Pow(Integer(9), Integer(9))",
+        "Mul(Integer(2), Symbol('s77', positive=exit()))",
+        "9**9**9",
+        "Add(Integer(1), Symbol)",
+        "Mul(@, @)" * 2,
+        f"Integer({10**20})",
+        "Add(" * 60 + "Integer(1)" + ")" * 60,
+    ],
+)
+def test_sizes_are_a_closed_language(size):
+    assert not _is_size(size)
+
+
 def test_garbage_is_refused(tmp_path):
     (tmp_path / "model.pt2").write_bytes(b"nothing of the kind")
     with pytest.raises(ArtifactError, match="it cannot be read"):
         check_archive(tmp_path / "model.pt2")
+
+
+class Function(nn.Module):
+    """A function of a tensor and some layers, as a network."""
+
+    def __init__(self, function, *layers: nn.Module) -> None:
+        super().__init__()
+        self.function, self.layers = function, nn.ModuleList(layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x, *self.layers)
+
+
+def under_no_grad(x: torch.Tensor, first: nn.Module, last: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        y = first(x)
+        with torch.autocast("cpu", enabled=False):
+            y = last(y) + y
+    return y
+
+
+def under_autocast(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return layer(x).float()
+
+
+DERIVED_SIZES = {
+    "reshape": Function(lambda x: x.reshape(x.shape[0] * 2, 4)),
+    "repeat": Function(lambda x: x.repeat(3, 1)),
+    "concatenation": Function(lambda x: torch.cat([x, x[:1]])),
+    "maximum": Function(lambda x: x.sum() + x.new_zeros(max(x.shape[0], 2), 3)),
+    "root": Function(lambda x: x / x.shape[0] ** 0.5),
+    "pairs": Function(lambda x: (x[:, None] + x[None]).view(-1, 8)),
+    "strided convolution": Function(
+        lambda x: nn.functional.conv1d(x.T[None], torch.ones(4, 8, 2), stride=2, padding=2)[0].T.reshape(-1)
+    ),
+    "einsum": Function(lambda x: torch.einsum("bi,bj->bij", x, x)),
+    "lstm": Function(lambda x, lstm: lstm(x[:, None])[0], nn.LSTM(8, 8, batch_first=True)),
+    "flat view": Function(lambda x, layer: layer(x.view(-1, 4)).view(x.size(0), 2, 4), nn.Linear(4, 4)),
+    "attention": Function(lambda x, layer: layer(x.view(-1, 2, 4)), nn.TransformerEncoderLayer(4, 2, 8)),
+    "no_grad": Function(under_no_grad, nn.Linear(8, 8), nn.Linear(8, 8)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attributes")  # of torch, about an LSTM
+@pytest.mark.parametrize("name", DERIVED_SIZES)
+def test_what_is_written_can_be_read(name, tmp_path):
+    model = DERIVED_SIZES[name].eval()
+    workload = Workload(model, (torch.randn(3, 8),), [], lambda predict: 0.0)
+    runtime = targets.find("torch")
+    runtime.export(model, workload, tmp_path)
+    for batch in (1, 2, 5):
+        x = torch.randn(batch, 8)
+        found = runtime.load(tmp_path, threads=1)([x.numpy()])
+        with torch.no_grad():
+            wanted = outputs(model(x))
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(torch.from_numpy(one), other)
+
+
+def test_what_could_not_be_read_is_not_written(tmp_path):
+    model = Function(under_autocast, nn.Linear(8, 8)).eval()
+    workload = Workload(model, (torch.randn(3, 8),), [], lambda predict: 0.0)
+    with pytest.raises(ExportError, match=r"calls '.*wrap_with_autocast'\. Replace .* take torch\.autocast out"):
+        targets.find("torch").export(model, workload, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_threads_are_as_before(archive):
+    before = torch.get_num_threads()
+    runtime, inputs = targets.find("torch"), [torch.randn(1, 4).numpy()]
+    runtime.load(archive.parent, before + 1)(inputs)
+    assert torch.get_num_threads() == before
+    runtime.profile(archive.parent, inputs, before + 1)
+    assert torch.get_num_threads() == before
