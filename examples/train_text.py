@@ -11,36 +11,19 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from assets import cache_folder, publish
 from minilm import MiniLM, tokenizer, untrained
-from movie_snippets import Accuracy, Labelled, Snippets, snippets
+from movie_snippets import Accuracy, ByLength, Snippets, snippets
 from safetensors.torch import save_file
 from torch import nn
-
-POOL = 16  # batches among which snippets are sorted by length
 
 
 def weights() -> Path:
     """Where the result is kept. A change of the splits or of the training asks for another number in the name."""
     return cache_folder() / "weights" / "minilm-movie-snippets-1.safetensors"
-
-
-def by_length(data: Snippets, size: int) -> Iterator[Labelled]:
-    """One epoch in random order, but snippets of like length together, and each batch cut to its longest.
-
-    The logits are those of full padding (the mask hides it) at about half the arithmetic.
-    """
-    lengths = data.mask.sum(1)
-    pools = torch.randperm(len(data)).split(POOL * size)
-    batches = [chosen for pool in pools for chosen in pool[lengths[pool].argsort()].split(size)]
-    for index in torch.randperm(len(batches)).tolist():
-        batch = data[batches[index]]
-        longest = int(batch.mask.sum(1).max())
-        yield (batch.ids[:, :longest], batch.mask[:, :longest]), batch.labels
 
 
 @torch.inference_mode()
@@ -60,7 +43,7 @@ def fit(net: MiniLM, data: Snippets, held_out: Snippets, epochs: int, size: int,
     start, losses = time.monotonic(), []
     for epoch in range(1, epochs + 1):
         net.train()
-        for inputs, labels in by_length(data, size):
+        for inputs, labels in ByLength(data, size):
             loss = nn.functional.cross_entropy(net(*inputs), labels)
             optimizer.zero_grad()
             loss.backward()

@@ -67,7 +67,7 @@ LARGEST_SHARE = 0.8  # of channels that may be removed: the bisection's upper en
 CANDIDATES = 5  # of the bisection: shares are found to LARGEST_SHARE / 2**5
 BLOCK_CANDIDATES = 3  # where whole blocks are tried first, so many of them, and as many less of the others
 TRAINING_FLOP = 8e12  # of one candidate's distillation: under a minute on two cores
-FEWEST_STEPS, MOST_STEPS = 160, 1000  # of one candidate's distillation
+FEWEST_STEPS, MOST_STEPS = 250, 1000  # of one candidate's distillation
 NORMED_LR, PLAIN_LR = 0.01, 0.003  # with batch norms, which make rescaled weights harmless, and without
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
