@@ -1,6 +1,8 @@
 """Our 8-bit static quantization beside that of NNCF, ONNX Runtime and torchao: same networks, same data, one run.
 
-    python benchmarks/peers_ptq.py [image image_mobile text speech] [--threads 2] [--rounds 15] [--json FILE]
+    python benchmarks/peers_ptq.py [image image_mobile text speech] [--threads 2] [--rounds 15] [--best out]
+
+With --best, what `featherweight compress` left in out/WORKLOAD/best runs along.
 
 Every contender gets the same fp32 network (batch norms folded, as each of them would), the same calibration batches
 and the same runtime settings (fp32 for floats, latency hint, fixed shapes). Latencies are of batch 1, taken in turn
@@ -25,7 +27,7 @@ import numpy as np
 import torch
 
 from featherweight import targets
-from featherweight.artifact import build
+from featherweight.artifact import build, open_artifact
 from featherweight.passes import build as make
 from featherweight.recipe import Recipe
 from featherweight.targets import Runner
@@ -188,14 +190,22 @@ def timed(runners: dict[str, Runner], inputs: list[np.ndarray], rounds: int) -> 
     return medians
 
 
-def compare(name: str, threads: int, rounds: int) -> list[Row]:
+def searched(folder: Path, threads: int) -> list[Contender]:
+    """What a search found, where it did."""
+    if not folder.is_dir():
+        return []
+    artifact = open_artifact(folder)
+    return [Contender(f"featherweight compress, {artifact.target}", artifact.load(threads), artifact.bytes, 0.0)]
+
+
+def compare(name: str, threads: int, rounds: int, best: Path | None) -> list[Row]:
     workload = load(str(EXAMPLES / f"{name}.py"))
     torch.set_num_threads(threads)
     inputs = [tensor[:1].numpy() for tensor in tensors(workload.example)]
     with tempfile.TemporaryDirectory() as scratch:
         field = contenders(name, workload, threads, Path(scratch))
         original = Contender("eager fp32", eager(workload.model), 0, 0.0)
-        field = [original, *field]
+        field = [original, *field, *(searched(best / name / "best", threads) if best else [])]
         medians = timed({c.name: c.run for c in field}, inputs, rounds)
         before = scores(workload.score, predictor(workload.model)).mean().item()
         rows = []
@@ -231,8 +241,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path, default=Path("out/peers_ptq.json"))
+    parser.add_argument("--best", type=Path, help="a folder with one of compress's for each workload")
     arguments = parser.parse_args()
-    rows = [row for name in arguments.workloads for row in compare(name, arguments.threads, arguments.rounds)]
+    settings = (arguments.threads, arguments.rounds, arguments.best)
+    rows = [row for name in arguments.workloads for row in compare(name, *settings)]
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
 

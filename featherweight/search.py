@@ -65,7 +65,7 @@ OBJECTIVES = {"latency": "latency_ms", "bytes": "bytes"}  # what is made small, 
 DIGEST = "[0-9a-f]{16}"  # what the folder of a trial is called
 LARGEST_SHARE = 0.8  # of channels that may be removed: the bisection's upper end
 CANDIDATES = 5  # of the bisection: shares are found to LARGEST_SHARE / 2**5
-BLOCK_CANDIDATES = 3  # where whole blocks are tried first, so many of them, and as many less of the others
+BLOCK_CANDIDATES = 3  # of these, at most, for whole blocks, where there are such
 TRAINING_FLOP = 8e12  # of one candidate's distillation: under a minute on two cores
 FEWEST_STEPS, MOST_STEPS = 250, 1000  # of one candidate's distillation
 NORMED_LR, PLAIN_LR = 0.01, 0.003  # with batch norms, which make rescaled weights harmless, and without
@@ -325,11 +325,10 @@ def _rungs(facts: Facts, budget: Budget) -> Iterator[Numbers]:
 
 def _bisection(facts: Facts, budget: Budget, target: str, numbers: Numbers) -> Plan:
     """First over whole blocks, where there are such, then over channels of what is left."""
-    dropped = (yield from _fewer_blocks(facts, budget, target, numbers)) if facts.blocks else 0
+    dropped, spent = yield from _fewer_blocks(facts, budget, target, numbers)
     tried: list[tuple[float, bool]] = []
     failed = 0
-    most = CANDIDATES - BLOCK_CANDIDATES if facts.blocks else CANDIDATES
-    while (share := share_to_try(tried, most)) is not None:
+    while (share := share_to_try(tried, CANDIDATES - spent)) is not None:
         trial = yield Recipe(facts.steps(*numbers, shape=facts.pruned(share, target, dropped)), target)
         tried.append((share, trial.drop_fits(budget)))
         failed += trial.measurement is None
@@ -337,16 +336,16 @@ def _bisection(facts: Facts, budget: Budget, target: str, numbers: Numbers) -> P
             return
 
 
-def _fewer_blocks(facts: Facts, budget: Budget, target: str, numbers: Numbers) -> Generator[Recipe, Trial, int]:
-    """How many blocks the budget can do without."""
-    low, high = 0, facts.blocks
-    for _ in range(BLOCK_CANDIDATES):
-        if high - low < 2:
-            break
-        count = (low + high) // 2
+def _fewer_blocks(
+    facts: Facts, budget: Budget, target: str, numbers: Numbers
+) -> Generator[Recipe, Trial, tuple[int, int]]:
+    """How many blocks the budget can do without, and how many candidates it took to know."""
+    low, high, spent = 0, facts.blocks, 0
+    while high - low > 1 and spent < BLOCK_CANDIDATES:
+        count, spent = (low + high) // 2, spent + 1
         trial = yield Recipe(facts.steps(*numbers, shape=facts.pruned(0.0, target, count)), target)
         low, high = (count, high) if trial.drop_fits(budget) else (low, count)
-    return low
+    return low, spent
 
 
 def _cost(first: Trial, second: Trial, budget: Budget) -> float:

@@ -239,7 +239,7 @@ def test_blocks_that_cannot_go_leave_channels():
     facts = dataclasses.replace(FACTS, folds=False, blocks=4)
     found = words(played(facts, Budget(0.01), World(breaks_at=0.2)))[2:]
     assert [word.partition(" + ")[0] for word in found] == [
-        *("drop_layers 0.5", "drop_layers 0.25", "prune_channels 0.4", "prune_channels 0.2")
+        *("drop_layers 0.5", "drop_layers 0.25", "prune_channels 0.4", "prune_channels 0.2", "prune_channels 0.3")
     ]
 
 
