@@ -21,6 +21,6 @@ def workload() -> Workload:
         calibration=list(train[: 16 * 32].inputs(32)),
         score=Accuracy(test[:5_000]),
         test_score=Accuracy(test[5_000:]),
-        train=Shuffled(train),
+        train=Shuffled(train, 32),
         probe=list(test[5_000:5_300].batches(100)),
     )
