@@ -809,8 +809,6 @@ class _Search:
             try:
                 found = self._measured(artifact, quick=False, runtime=self._best_runtime())
             except FeatherweightError as error:
-                if not isinstance(chosen.measurement, Measurement):
-                    raise
                 return self._with_doubt(chosen, f"It could not be measured fully, nor on the test data: {error}")
             self.watch("")
             certain = self._with_test_doubt(dataclasses.replace(chosen, measurement=found))

@@ -35,7 +35,7 @@ from featherweight.errors import LayerError, WorkloadError
 from featherweight.passes import Pass
 from featherweight.settings import Choice, Range
 from featherweight.surgery import done, layer_of, matches, thawed
-from featherweight.workload import Batch, Workload, call, outputs, tensors
+from featherweight.workload import Batch, Workload, call, count_batches, outputs, tensors
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 WARM_UP = 0.1  # share of the steps
@@ -113,7 +113,7 @@ class DistillSoft(Pass):
 
     def apply(self, model: nn.Module, workload: Workload) -> nn.Module:
         data = workload.calibration if workload.train is None else workload.train
-        steps = max(1, math.ceil(self.epochs * _length(data)))
+        steps = max(1, math.ceil(self.epochs * count_batches(data)))
         steps = min(steps, self.steps) if self.steps else steps
         with thawed(model):
             parameters = trainable(model, self.where)
@@ -246,13 +246,6 @@ def _norms(model: nn.Module, layers: set[str]) -> list[nn.Module]:
         for name, module in model.named_modules()
         if isinstance(module, NORMS) and module.track_running_stats and (name in layers or module.weight is None)
     ]
-
-
-def _length(data: Iterable[Any]) -> int:
-    try:
-        return len(data)  # type: ignore[arg-type]
-    except TypeError:
-        return sum(1 for _ in data)
 
 
 def _batches(data: Iterable[Any], example: Batch) -> Iterator[Batch]:
