@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from featherweight.measure import Measurement as Measurement
     from featherweight.passes import Pass as Pass
     from featherweight.recipe import Recipe as Recipe
-    from featherweight.search import Budget as Budget
     from featherweight.search import Result as Result
     from featherweight.search import compress as compress
     from featherweight.targets import Target as Target
+    from featherweight.trials import Budget as Budget
     from featherweight.workload import Workload as Workload
     from featherweight.workload import load as load
 
@@ -50,7 +50,7 @@ __all__ = [
 _HOMES = {
     "Artifact": "artifact",
     "Baseline": "measure",
-    "Budget": "search",
+    "Budget": "trials",
     "FeatherweightError": "errors",
     "Measurement": "measure",
     "Pass": "passes",

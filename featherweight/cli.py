@@ -176,12 +176,12 @@ def _positive(text: str) -> float:
 
 def compress(chosen: argparse.Namespace) -> int:
     """`featherweight compress`: everything that can be checked is checked before the workload is loaded."""
-    from featherweight import report, search, workload
+    from featherweight import report, search, trials, workload
 
-    budget = search.Budget(_drop(chosen.max_drop), chosen.max_bytes, chosen.max_latency_ms, chosen.objective)
+    budget = trials.Budget(_drop(chosen.max_drop), chosen.max_bytes, chosen.max_latency_ms, chosen.objective)
     names = [name.strip() for name in chosen.target.split(",")]
     search.check_targets(names)
-    search.check_folder(chosen.out, chosen.resume)
+    trials.check_folder(chosen.out, chosen.resume)
     progress = _progress()
     result = search.compress(
         workload.load(chosen.workload),
@@ -198,7 +198,7 @@ def compress(chosen: argparse.Namespace) -> int:
     progress.close()
     _tell_result(result)
     if result.best is not None:
-        print(f"artifact  {chosen.out / search.BEST}\nrecipe    {chosen.out / search.RECIPE}")
+        print(f"artifact  {chosen.out / trials.BEST}\nrecipe    {chosen.out / trials.RECIPE}")
     if result.baseline is not None:
         print(f"report    {report.write(chosen.out)[1]}")
     return DONE if result.verdict == "accepted" else INFEASIBLE
@@ -232,13 +232,14 @@ def _tell_result(result: Any) -> None:
 
 def apply(chosen: argparse.Namespace) -> int:
     """`featherweight apply`."""
-    from featherweight import search, targets, workload
+    from featherweight import targets, workload
     from featherweight.artifact import build
     from featherweight.recipe import Recipe
+    from featherweight.trials import check_writable
 
     recipe = Recipe.from_yaml(_text(chosen.recipe), str(chosen.recipe))
     targets.find(recipe.target)
-    if search.check_writable(chosen.out):
+    if check_writable(chosen.out):
         raise ArtifactError(f"{chosen.out} is not empty, and what is there is not overwritten. Choose another folder.")
     say = _progress()
     artifact = build(recipe, workload.load(chosen.workload), chosen.out, chosen.seed, progress=say.stage)

@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from featherweight import search
 from featherweight.artifact import write_text_atomic
 from featherweight.errors import ArtifactError, FeatherweightError
 from featherweight.measure import Measurement
-from featherweight.search import Budget, frontier, in_words, read_json, read_trials
+from featherweight.trials import BASELINE, RESULT, Budget, Trial, frontier, in_words, read_json, read_trials
 
 # ------------------------------------------------------------------------------------------------ what is known
 
@@ -80,14 +79,14 @@ def read(folder: Path) -> Findings:
     Raises:
         ArtifactError: it holds no search, or a file of it cannot be read.
     """
-    if not (folder / search.BASELINE).is_file():
+    if not (folder / BASELINE).is_file():
         raise ArtifactError(
-            f"{folder} holds no search: it has no {search.BASELINE}. Give the folder that `featherweight compress` "
+            f"{folder} holds no search: it has no {BASELINE}. Give the folder that `featherweight compress` "
             "wrote with --out."
         )
-    original = _measurement(folder / search.BASELINE, ("baseline", "measurement"))
-    result = read_json(folder / search.RESULT) if (folder / search.RESULT).is_file() else {}
-    best = _measurement(folder / search.RESULT, ("best",)) if result.get("best") else None
+    original = _measurement(folder / BASELINE, ("baseline", "measurement"))
+    result = read_json(folder / RESULT) if (folder / RESULT).is_file() else {}
+    best = _measurement(folder / RESULT, ("best",)) if result.get("best") else None
     budget = _stored_budget(folder, result) if result else None
     rows = []
     for settings, trial in read_trials(folder):
@@ -112,7 +111,7 @@ def _stored_budget(folder: Path, result: dict[str, Any]) -> Budget:
         return Budget(**result["budget"])
     except (KeyError, TypeError, FeatherweightError) as error:
         raise ArtifactError(
-            f"{folder / search.RESULT} was written by another version, or by hand: {error}. Run the search anew."
+            f"{folder / RESULT} was written by another version, or by hand: {error}. Run the search anew."
         ) from error
 
 
@@ -128,7 +127,7 @@ def _measurement(path: Path, keys: Sequence[str]) -> Measurement:
         ) from error
 
 
-def _row(trial: search.Trial, budget: Budget | None, final: Measurement | None) -> Row:
+def _row(trial: Trial, budget: Budget | None, final: Measurement | None) -> Row:
     found = final or trial.measurement
     name, target = in_words(trial.recipe), trial.recipe.target
     if found is None:

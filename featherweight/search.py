@@ -1,8 +1,8 @@
 """The search: which recipe is tried next, and the loop that tries it.
 
-`next_recipe` is a pure function of what is known of the workload, the budget and the trials so far; the trials lie
-on disk as `trials/<digest>.json`, and are all the state there is. So a search that was killed goes on where it
-stopped, and the same scores lead to the same result.
+`next_recipe` is a pure function of what is known of the workload, the budget and the trials so far; the trials, which
+lie on disk (see `trials`), are all the state there is. So a search that was killed goes on where it stopped, and the
+same scores lead to the same result.
 
 Three rungs, cheapest first. The network as it is on every target, and whole in int8: the better target is kept.
 Where int8 loses too much, int8 trained by distillation, int8 with ranges found while running, and weights alone in
@@ -23,7 +23,6 @@ import math
 import re
 import shutil
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -51,18 +50,29 @@ from featherweight.passes import Pass
 from featherweight.passes.drop_layers import removable
 from featherweight.recipe import Recipe, compress_model
 from featherweight.timing import keeping_originals
+from featherweight.trials import (
+    BASELINE,
+    BEST,
+    DIGEST,
+    RECIPE,
+    RESULT,
+    TRIALS,
+    Budget,
+    Settings,
+    Trial,
+    best_of,
+    check_folder,
+    frontier,
+    in_words,
+    measurements,
+    nearest,
+    read_json,
+    read_trials,
+    write_trial,
+)
 from featherweight.workload import Batch, Workload, call, count_batches, tensors
 from featherweight.workload import check as check_workload
 
-BASELINE, TRIALS, BEST, RESULT, RECIPE = (
-    "baseline.json",
-    "trials",
-    "best",
-    "result.json",
-    "recipe.yaml",
-)  # in the folder
-OBJECTIVES = {"latency": "latency_ms", "bytes": "bytes"}  # what is made small, and the field that says how small it is
-DIGEST = "[0-9a-f]{16}"  # what the folder of a trial is called
 LARGEST_SHARE = 0.8  # of channels that may be removed: the bisection's upper end
 CANDIDATES = 5  # of the bisection: shares are found to LARGEST_SHARE / 2**5
 BLOCK_CANDIDATES = 3  # of these, at most, for whole blocks, where there are such
@@ -70,140 +80,6 @@ TRAINING_FLOP = 8e12  # of one candidate's distillation: under a minute on two c
 FEWEST_STEPS, MOST_STEPS = 250, 1000  # of one candidate's distillation
 NORMED_LR, PLAIN_LR = 0.01, 0.003  # with batch norms, which make rescaled weights harmless, and without
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-
-
-# ------------------------------------------------------------------------------------------------ the budget
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What may be lost, what may be spent, and what is made as small as that allows.
-
-    Args:
-        max_drop: of the score: a number, or a share of the original's score such as "2%".
-        max_bytes: of the artifact's files; None for no bound.
-        max_latency_ms: of one run; None for no bound.
-        objective: "latency" or "bytes".
-
-    >>> Budget("2%").allowed(0.5)
-    0.01
-    """
-
-    max_drop: float | str
-    max_bytes: int | None = None
-    max_latency_ms: float | None = None
-    objective: str = "latency"
-
-    def __post_init__(self) -> None:
-        share = isinstance(self.max_drop, str)
-        number = _number(str(self.max_drop).removesuffix("%")) if share else self.max_drop
-        if not isinstance(number, (int, float)) or (share and not str(self.max_drop).endswith("%")):
-            raise BudgetError(
-                f"max_drop={self.max_drop!r} is no number. Write how much of the score may be lost, such as 0.01, or a "
-                "share of the original's score, such as 2%."
-            )
-        if not (math.isfinite(number) and number >= 0):
-            raise BudgetError(
-                f"max_drop={self.max_drop} makes no sense: a budget is what may be lost of the score, zero or more. "
-                "Give such a number, 0.01 say."
-            )
-        for name in ("max_bytes", "max_latency_ms"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise BudgetError(f"{name}={value} cannot be met: it must be above zero. Raise it, or leave it out.")
-        if self.objective not in OBJECTIVES:
-            raise BudgetError(f"There is no objective {self.objective!r}. There are: {', '.join(OBJECTIVES)}.")
-
-    def allowed(self, score: float) -> float:
-        """How much the score may drop when the original's is `score`."""
-        if isinstance(self.max_drop, str):
-            return float(self.max_drop.removesuffix("%")) / 100 * abs(score)
-        return float(self.max_drop)
-
-    def cost(self, found: Measurement) -> float:
-        """What is made small."""
-        return float(getattr(found, OBJECTIVES[self.objective]))
-
-    def excess(self, found: Measurement) -> dict[str, float]:
-        """By how much each bound is exceeded, as a share of it; zero or less where it holds."""
-        allowed = self.allowed(found.original_score)
-        unit = max(allowed, 0.001 * abs(found.original_score), 1e-9)  # a bound of zero is no unit
-        over = {"max_drop": (found.drop_upper - allowed) / unit}
-        if self.max_bytes is not None:
-            over["max_bytes"] = found.bytes / self.max_bytes - 1
-        if self.max_latency_ms is not None:
-            over["max_latency_ms"] = found.latency_ms / self.max_latency_ms - 1
-        return over
-
-    def objection(self, found: Measurement) -> str:
-        """Why it is rejected, in a few words; empty where it is accepted."""
-        allowed = self.allowed(found.original_score)
-        words = {
-            "max_drop": f"the drop may be {found.drop_upper:.4g}, above {allowed:.4g}",
-            "max_bytes": f"{found.bytes:,} bytes, above {self.max_bytes or 0:,}",
-            "max_latency_ms": f"{found.latency_ms:.4g} ms, above {self.max_latency_ms or 0:.4g}",
-        }
-        return "; ".join(words[name] for name, over in self.excess(found).items() if over > 0)
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
-
-
-# ------------------------------------------------------------------------------------------------ trials
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One recipe, tried: what was measured of it, or why nothing could be."""
-
-    recipe: Recipe
-    measurement: Measurement | None
-    error: str = ""
-    seconds: Mapping[str, float] = field(default_factory=dict)  # by stage: passes, export, measure
-
-    def drop_fits(self, budget: Budget) -> bool:
-        """Whether it keeps enough of the score, whatever it weighs."""
-        return self.measurement is not None and budget.excess(self.measurement)["max_drop"] <= 0
-
-    def accepted(self, budget: Budget) -> bool:
-        """Whether it keeps to the whole budget."""
-        return self.measurement is not None and not budget.objection(self.measurement)
-
-
-def measurements(trials: Sequence[Trial]) -> list[Measurement]:
-    """Of those trials that did not fail."""
-    return [trial.measurement for trial in trials if trial.measurement is not None]
-
-
-def best_of(trials: Sequence[Trial], budget: Budget) -> Trial | None:
-    """The accepted trial that costs least, or None."""
-    accepted = [
-        (budget.cost(t.measurement), t.measurement.drop_upper, t)
-        for t in trials
-        if t.measurement and t.accepted(budget)
-    ]
-    return min(accepted, key=lambda item: item[:2])[2] if accepted else None
-
-
-def nearest(trials: Sequence[Trial], budget: Budget) -> Trial | None:
-    """The trial that exceeds the budget least, by the bound that it exceeds most; None where none was measured."""
-    over = [
-        (max(budget.excess(t.measurement).values()), budget.cost(t.measurement), t) for t in trials if t.measurement
-    ]
-    return min(over, key=lambda item: item[:2])[2] if over else None
-
-
-def frontier(found: Sequence[Measurement], budget: Budget) -> list[Measurement]:
-    """Those that no other beats both in cost and in drop, cheapest first."""
-    kept: list[Measurement] = []
-    for candidate in sorted(found, key=lambda m: (budget.cost(m), m.drop)):
-        if not kept or candidate.drop < kept[-1].drop:
-            kept.append(candidate)
-    return kept
 
 
 # ------------------------------------------------------------------------------------------------ the strategy
@@ -595,51 +471,6 @@ def check_targets(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def check_folder(folder: Path, resume: bool) -> None:
-    """Raises an ArtifactError unless a search may write there: `folder` is new or empty, or `resume` is wanted."""
-    used = check_writable(folder)
-    if used and not resume:
-        raise ArtifactError(
-            f"{folder} is not empty, and what is there is not overwritten. Go on with the search that it holds with "
-            "--resume (resume=True), or choose another folder."
-        )
-    if used and not (folder / BASELINE).exists():
-        raise ArtifactError(f"{folder} holds files, but no search to go on with. Choose another folder.")
-
-
-def check_writable(folder: Path) -> bool:
-    """Makes `folder` where there is none; whether there is something in it.
-
-    Raises:
-        ArtifactError: it is no folder, or cannot be written.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise ArtifactError(f"{folder} is a file, where a folder is needed for the results. Choose another name.")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        used = any(folder.iterdir())
-        with tempfile.TemporaryFile(dir=folder):
-            return used
-    except OSError as error:
-        raise ArtifactError(
-            f"{folder} cannot be written: {error.strerror}. Choose a folder that may be written."
-        ) from error
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a trial depends on beside its recipe."""
-
-    seed: int
-    threads: int
-    batch: int
-    fingerprint: str
-
-    def digest(self, recipe: Recipe) -> str:
-        """16 hexadecimal digits that stand for a trial."""
-        return hashlib.sha256(json.dumps([recipe.digest, *dataclasses.astuple(self)]).encode()).hexdigest()[:16]
-
-
 class _Search:
     """The trials in a folder, and the means to make more of them."""
 
@@ -890,67 +721,6 @@ class _Search:
         if source.is_dir():
             replace_artifact(source, best)
         write_text_atomic(self.folder / RECIPE, recipe.to_yaml())
-
-
-def write_trial(folder: Path, settings: Settings, trial: Trial) -> None:
-    """Puts the trial where `read_trials` finds it, all at once."""
-    found, digest = trial.measurement, settings.digest(trial.recipe)
-    record = {
-        "digest": digest,
-        "recipe": trial.recipe.to_yaml(),
-        "target": trial.recipe.target,
-        **dataclasses.asdict(settings),
-        "seconds": dict(trial.seconds),
-        "measurement": None if found is None else dataclasses.asdict(found),
-        "error": trial.error or None,
-    }
-    write_text_atomic(folder / TRIALS / f"{digest}.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
-
-
-def read_trials(folder: Path) -> list[tuple[Settings, Trial]]:
-    """The trials that lie in `folder`, oldest first, each with what it depends on beside its recipe.
-
-    Raises:
-        ArtifactError: one cannot be read.
-    """
-    found = []
-    for path in sorted((folder / TRIALS).glob("*.json"), key=lambda p: (p.stat().st_mtime_ns, p.name)):
-        stored = read_json(path)
-        try:
-            settings = Settings(**{f.name: stored[f.name] for f in dataclasses.fields(Settings)})
-            measured, recipe = stored["measurement"], Recipe.from_yaml(stored["recipe"], str(path))
-            if stored["digest"] != settings.digest(recipe):
-                raise ValueError("the passes have other defaults now, so it tells of another recipe")
-            trial = Trial(
-                recipe=recipe,
-                measurement=None if measured is None else Measurement.from_json(json.dumps(measured)),
-                error=stored["error"] or "",
-                seconds={str(stage): float(seconds) for stage, seconds in stored["seconds"].items()},
-            )
-        except (KeyError, TypeError, ValueError, AttributeError, FeatherweightError) as error:
-            raise ArtifactError(f"{path} is no trial of this version ({error}). Delete it, and resume.") from error
-        found.append((settings, trial))
-    return found
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object that a file of a search holds."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path} cannot be read ({str(error)[:200]}). Delete it, and resume.") from error
-    if not isinstance(found, dict):
-        raise ArtifactError(f"{path} holds no JSON object. Delete it, and resume.")
-    return found
-
-
-def in_words(recipe: Recipe) -> str:
-    """The recipe in a few words: `prune_channels 0.4 + distill_soft + quantize_static`."""
-    words = [
-        f"{step.name()} {step.settings()['share']:g}" if "share" in step.settings() else step.name()
-        for step in recipe.steps
-    ]
-    return " + ".join(words) or "as it is"
 
 
 def figures(found: Measurement) -> str:

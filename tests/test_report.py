@@ -12,7 +12,7 @@ import pytest
 from featherweight import report, search
 from featherweight.errors import ArtifactError
 from featherweight.recipe import Recipe
-from featherweight.search import Budget, Settings, Trial, best_of, frontier
+from featherweight.trials import Budget, Settings, Trial, best_of, frontier, measurements, nearest, write_trial
 from tests.made_up import measurement
 
 SETTINGS = Settings(seed=0, threads=2, batch=1, fingerprint="0" * 16)
@@ -57,15 +57,15 @@ def folder_of(folder: Path, trials: list[Trial] = TRIALS, budget: Budget | None 
     (folder / "trials").mkdir(parents=True)
     (folder / "baseline.json").write_text(json.dumps({"baseline": {"measurement": dataclasses.asdict(original)}}))
     for trial in trials:
-        search.write_trial(folder, SETTINGS, trial)
+        write_trial(folder, SETTINGS, trial)
     if finished:
-        best = best_of(trials, budget) or search.nearest(trials, budget)
+        best = best_of(trials, budget) or nearest(trials, budget)
         result = search.Result(
             verdict="accepted" if best_of(trials, budget) else "infeasible",
             budget=budget,
             baseline=original,
             best=best.measurement if best else None,
-            frontier=frontier(search.measurements(trials), budget),
+            frontier=frontier(measurements(trials), budget),
             rejected=[],
             binding="" if best_of(trials, budget) else "max_drop",
             interrupted=False,
@@ -268,7 +268,7 @@ def test_few_trials(tmp_path, trials):
 
 def test_trials_of_other_settings_are_left_out(tmp_path):
     folder = folder_of(tmp_path / "a", TRIALS[:1])
-    search.write_trial(folder, dataclasses.replace(SETTINGS, threads=7), TRIALS[1])
+    write_trial(folder, dataclasses.replace(SETTINGS, threads=7), TRIALS[1])
     assert len(report.read(folder).rows) == 1
 
 

@@ -18,10 +18,11 @@ from torch import nn
 
 from featherweight import search, targets
 from featherweight.artifact import open_artifact
-from featherweight.errors import ArtifactError, BudgetError, ExportError, LayerError, TargetError, WorkloadError
+from featherweight.errors import BudgetError, ExportError, LayerError, TargetError, WorkloadError
 from featherweight.measure import Measurement
 from featherweight.recipe import Recipe
-from featherweight.search import Budget, Facts, Trial, best_of, frontier, nearest, next_recipe
+from featherweight.search import Facts, next_recipe
+from featherweight.trials import Budget, Trial, best_of, in_words
 from featherweight.workload import Workload, load
 from tests.made_up import measurement
 
@@ -29,82 +30,6 @@ TARGET = "onnxruntime"
 FACTS = Facts(targets=(TARGET,), folds=True, linear=True, epochs=2.0, multiples={TARGET: 8})
 TINY = Path(__file__).parent / "gratings.py"
 SMALL = Budget(0.05, objective="bytes")
-
-
-# ------------------------------------------------------------------------------------------------ the budget
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"max_drop": -0.01}, "zero or more"),
-        ({"max_drop": math.nan}, "zero or more"),
-        ({"max_drop": "-2%"}, "zero or more"),
-        ({"max_drop": "nan%"}, "zero or more"),
-        ({"max_drop": "much"}, "is no number"),
-        ({"max_drop": "0.01"}, "is no number"),
-        ({"max_drop": 0.01, "max_bytes": 0}, "max_bytes=0 cannot be met"),
-        ({"max_drop": 0.01, "max_latency_ms": math.inf}, "max_latency_ms=inf cannot be met"),
-        ({"max_drop": 0.01, "objective": "beauty"}, "There are: latency, bytes"),
-    ],
-)
-def test_budget_that_makes_no_sense(settings, message):
-    with pytest.raises(BudgetError, match=message):
-        Budget(**settings)
-
-
-def test_relative_drop_is_of_the_original_score():
-    assert Budget("5%").allowed(0.8) == pytest.approx(0.04)
-    assert Budget("5%").allowed(-2.0) == pytest.approx(0.1)  # a negated loss, say
-    assert Budget(0.05).allowed(0.8) == 0.05
-
-
-def test_accepted_on_the_upper_bound_of_the_drop_not_on_the_drop():
-    budget = Budget(0.01)
-    assert "the drop may be 0.011, above 0.01" in budget.objection(measurement(drop=0.009, drop_upper=0.011))
-    assert not budget.objection(measurement(drop=0.009, drop_upper=0.01))
-
-
-def test_every_bound_that_is_exceeded_is_named():
-    budget = Budget(0.01, max_bytes=1000, max_latency_ms=1.0)
-    objection = budget.objection(measurement(drop=0.2, bytes=2000, latency_ms=3.0))
-    assert "drop may be" in objection and "2,000 bytes, above 1,000" in objection and "3 ms, above 1" in objection
-
-
-# ------------------------------------------------------------------------------------------------ choosing
-
-
-def _trials(*found: Measurement) -> list[Trial]:
-    return [Trial(Recipe((), TARGET), m) for m in found]
-
-
-def test_best_is_the_cheapest_that_is_accepted():
-    fast, small, bad = (
-        measurement(latency_ms=1.0, bytes=300),
-        measurement(latency_ms=2.0, bytes=200),
-        measurement(latency_ms=0.5, bytes=100, drop=0.1),
-    )
-    trials = [*_trials(fast, small, bad), Trial(Recipe((), TARGET), None, "failed")]
-    chosen = [best_of(trials, Budget(0.01, objective=objective)) for objective in ("latency", "bytes")]
-    assert [trial.measurement for trial in chosen if trial] == [fast, small]
-    assert best_of(_trials(bad), Budget(0.01)) is None
-
-
-def test_nearest_goes_by_the_bound_that_is_exceeded_most():
-    budget = Budget(0.01, max_bytes=1000)
-    light, true = measurement(bytes=1000, drop=0.05, drop_upper=0.06), measurement(bytes=1500)
-    chosen = nearest(_trials(light, true), budget)
-    assert chosen and chosen.measurement == true  # half too heavy is nearer than six times too lossy
-    assert nearest([], budget) is None
-
-
-def test_frontier_holds_what_nothing_beats_in_both():
-    a, b, c = (
-        measurement(latency_ms=1, drop=0.03),
-        measurement(latency_ms=2, drop=0.01),
-        measurement(latency_ms=3, drop=0.02),
-    )
-    assert frontier([c, b, a], Budget(0.1)) == [a, b]
 
 
 # ------------------------------------------------------------------------------------------------ the strategy
@@ -151,15 +76,11 @@ def played(facts: Facts, budget: Budget, world) -> list[Trial]:
 
 
 def words(trials: list[Trial]) -> list[str]:
-    return [f"{search.in_words(trial.recipe)} on {trial.recipe.target}" for trial in trials]
+    return [f"{in_words(trial.recipe)} on {trial.recipe.target}" for trial in trials]
 
 
 def shares(trials: list[Trial]) -> list[float]:
-    return [
-        trial.recipe.steps[0].settings()["share"]
-        for trial in trials
-        if "prune_channels" in search.in_words(trial.recipe)
-    ]
+    return [trial.recipe.steps[0].settings()["share"] for trial in trials if "prune_channels" in in_words(trial.recipe)]
 
 
 def test_ladder_then_bisection_towards_the_largest_share_that_holds():
@@ -448,9 +369,9 @@ def test_a_trial_that_fails_is_recorded_and_the_search_goes_on(begun, monkeypatc
     real = search.build
 
     def build(recipe, *args, **settings):
-        if "distill_soft" in search.in_words(recipe):
+        if "distill_soft" in in_words(recipe):
             raise SystemError("a bug")
-        if "quantize_static" in search.in_words(recipe):
+        if "quantize_static" in in_words(recipe):
             raise LayerError("cannot be done")
         return real(recipe, *args, **settings)
 
@@ -546,29 +467,6 @@ def test_what_makes_no_sense_is_refused_before_anything_is_spent(tmp_path, setti
         _search(tmp_path, workload=workload, **settings)
 
 
-def test_folders_that_are_not_free_are_refused(tmp_path):
-    (tmp_path / "note.txt").write_text("mine")
-    with pytest.raises(ArtifactError, match=r"not empty.*--resume"):
-        search.check_folder(tmp_path, resume=False)
-    with pytest.raises(ArtifactError, match="no search to go on with"):
-        search.check_folder(tmp_path, resume=True)
-    with pytest.raises(ArtifactError, match="is a file"):
-        search.check_folder(tmp_path / "note.txt", resume=False)
-    with pytest.raises(ArtifactError, match="cannot be written"):
-        search.check_folder(tmp_path / "note.txt" / "below", resume=False)
-    search.check_folder(tmp_path / "new" / "er", resume=True)
-
-
-def test_trials_that_cannot_be_read_are_named(tmp_path):
-    (tmp_path / "trials").mkdir()
-    (tmp_path / "trials" / "0.json").write_text("{")
-    with pytest.raises(ArtifactError, match=r"0\.json cannot be read.*Delete it"):
-        search.read_trials(tmp_path)
-    (tmp_path / "trials" / "0.json").write_text("{}")
-    with pytest.raises(ArtifactError, match=r"0\.json is no trial of this version.*Delete it"):
-        search.read_trials(tmp_path)
-
-
 # ------------------------------------------------------------------------------------------------ kill -9
 
 CHILD = """
@@ -580,7 +478,8 @@ torch.set_num_threads(1)
 for module, name, value in {quick!r}:
     setattr(import_module(module), name, value)
 from featherweight import search, workload
-budget = search.{budget!r}
+from featherweight.trials import Budget
+budget = {budget!r}
 settings = {{"targets": ({target!r},), "threads": 1, "resume": True}}
 result = search.compress(workload.load({tiny!r}), budget, Path(sys.argv[1]), **settings)
 print(result.best.digest, result.best.score)

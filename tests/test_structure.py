@@ -25,7 +25,7 @@ LAYERS = (
     {"passes", "targets"},
     {"artifact", "recipe", "timing"},
     {"measure", "codec", "parallel"},
-    {"behaviour", "search", "pools", "distributed"},
+    {"behaviour", "search", "trials", "pools", "distributed"},
     {"report", "testing"},
     {"cli", "__main__", "featherweight"},
 )
@@ -108,6 +108,14 @@ def test_passes_and_targets_do_not_know_one_another(module: str) -> None:
     assert not known, (
         f"{module} imports {', '.join(known)}: of its folder it may know {own} and files named _*.py only."
     )
+
+
+def test_the_report_reads_trials_and_knows_nothing_of_the_search() -> None:
+    below, known = ["featherweight.report"], set()
+    while below:
+        known.add(module := below.pop())
+        below.extend(_imports(module) - known)
+    assert "featherweight.trials" in known and "featherweight.search" not in known
 
 
 def test_imports_form_no_cycle() -> None:
