@@ -61,7 +61,7 @@ from featherweight.trials import (
     Settings,
     Trial,
     best_of,
-    check_folder,
+    claimed,
     frontier,
     in_words,
     measurements,
@@ -433,14 +433,19 @@ def compress(
     for name, value in (("threads", threads), ("batch", batch), ("time_limit", time_limit)):
         if value is not None and not value > 0:
             raise BudgetError(f"{name}={value} makes no sense: give a number above zero.")
-    check_folder(Path(folder), resume)
-    check_workload(workload)
-    settings = Settings(seed, physical_cores() if threads is None else threads, batch, fingerprint(workload))
-    search = _Search(workload, budget, Path(folder), settings, progress or Progress())
+    with claimed(Path(folder), resume):
+        check_workload(workload)
+        settings = Settings(seed, physical_cores() if threads is None else threads, batch, fingerprint(workload))
+        search = _Search(workload, budget, Path(folder), settings, progress or Progress())
+        return _brought_to_an_end(search, names, math.inf if time_limit is None else begin + time_limit)
+
+
+def _brought_to_an_end(search: _Search, names: Sequence[str], deadline: float) -> Result:
+    """The result of a search that ends by itself or is interrupted."""
     interrupted = False
     with _interruptible(), keeping_originals():
         try:
-            search.run(names, math.inf if time_limit is None else begin + time_limit)
+            search.run(names, deadline)
         except KeyboardInterrupt:
             interrupted = True
         best = None

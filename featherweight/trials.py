@@ -6,12 +6,15 @@ trying it, is `search`'s affair; what a page says of it all, `report`'s.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import importlib
 import json
 import math
+import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -193,15 +196,70 @@ class Settings:
 
 
 def check_folder(folder: Path, resume: bool) -> None:
-    """Raises an ArtifactError unless a search may write there: `folder` is new or empty, or `resume` is wanted."""
+    """Raises an ArtifactError unless a search may begin there, as `claimed` says."""
+    with claimed(folder, resume):
+        pass
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, resume: bool) -> Iterator[None]:
+    """Inside the block no other process may search in `folder`, which is made where there is none.
+
+    Raises:
+        ArtifactError: another process searches there, it cannot be written, or it is not empty and `resume` not wanted.
+    """
     used = check_writable(folder)
-    if used and not resume:
-        raise ArtifactError(
-            f"{folder} is not empty, and what is there is not overwritten. Go on with the search that it holds with "
-            "--resume (resume=True), or choose another folder."
-        )
-    if used and not (folder / BASELINE).exists():
-        raise ArtifactError(f"{folder} holds files, but no search to go on with. Choose another folder.")
+    with _locked(folder):
+        if used and not resume:
+            raise ArtifactError(
+                f"{folder} is not empty, and what is there is not overwritten. Go on with the search that it holds "
+                "with --resume (resume=True), or choose another folder."
+            )
+        if used and not (folder / BASELINE).exists():
+            raise ArtifactError(f"{folder} holds files, but no search to go on with. Choose another folder.")
+        yield
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Inside the block this process alone holds the lock of `folder`, where the system has locks for folders.
+
+    It is the folder itself that is locked, so no file is left behind, and the system drops the lock when the process
+    dies, however it dies. Where there are no such locks (Windows, some network file systems) nothing is held back.
+    """
+    try:
+        fcntl: Any = importlib.import_module("fcntl")
+        descriptor = os.open(folder, os.O_RDONLY)  # closed in programs that we start, as all of Python's are
+    except (ImportError, OSError):
+        yield
+        return
+    _locks.add(descriptor)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ArtifactError(
+                f"{folder} is in use: another process searches there at this moment, and two would overwrite one "
+                "another's files. Wait until it has ended, or end it, and go on with --resume (resume=True); or choose "
+                "another folder."
+            ) from error
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        if descriptor in _locks:
+            _locks.remove(descriptor)
+            os.close(descriptor)
+
+
+def _drop_locks() -> None:
+    while _locks:
+        os.close(_locks.pop())
+
+
+_locks: set[int] = set()  # descriptors of locked folders
+if os.name == "posix":  # a forked child, a data loader's say, would hold the lock for longer than its parent lives
+    os.register_at_fork(after_in_child=_drop_locks)
 
 
 def check_writable(folder: Path) -> bool:

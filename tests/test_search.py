@@ -18,11 +18,11 @@ from torch import nn
 
 from featherweight import search, targets
 from featherweight.artifact import open_artifact
-from featherweight.errors import BudgetError, ExportError, LayerError, TargetError, WorkloadError
+from featherweight.errors import ArtifactError, BudgetError, ExportError, LayerError, TargetError, WorkloadError
 from featherweight.measure import Measurement
 from featherweight.recipe import Recipe
 from featherweight.search import Facts, next_recipe
-from featherweight.trials import Budget, Trial, best_of, in_words
+from featherweight.trials import Budget, Trial, best_of, claimed, in_words
 from featherweight.workload import Workload, load
 from tests.made_up import measurement
 
@@ -450,6 +450,13 @@ def test_a_network_that_no_target_takes_is_bad_input(tmp_path):
 
     with pytest.raises(ExportError, match=r"even uncompressed.*branches on the data"):
         _search(tmp_path, workload=_workload(Branches(), score=lambda predict: [1.0] * 4))
+
+
+def test_a_folder_in_which_another_search_runs_is_refused(tmp_path):
+    workload = _workload(nn.Linear(8, 2), score=lambda predict: pytest.fail("was scored"))
+    with claimed(tmp_path, resume=False), pytest.raises(ArtifactError, match="another process searches there"):
+        _search(tmp_path, workload=workload)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

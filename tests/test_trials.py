@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import errno
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from featherweight.errors import ArtifactError, BudgetError
 from featherweight.measure import Measurement
 from featherweight.recipe import Recipe
-from featherweight.trials import Budget, Trial, best_of, check_folder, frontier, nearest, read_trials
+from featherweight.trials import Budget, Trial, best_of, check_folder, claimed, frontier, nearest, read_trials
 from tests.made_up import measurement
 
 TARGET = "onnxruntime"
@@ -103,6 +108,49 @@ def test_folders_that_are_not_free_are_refused(tmp_path):
     with pytest.raises(ArtifactError, match="cannot be written"):
         check_folder(tmp_path / "note.txt" / "below", resume=False)
     check_folder(tmp_path / "new" / "er", resume=True)
+
+
+HOLDER = """
+import os, subprocess, sys, time
+from pathlib import Path
+from featherweight.trials import claimed
+with claimed(Path(sys.argv[1]), resume=False):
+    started = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], close_fds=False, stdout=2)
+    if (forked := os.fork()) == 0:
+        os.close(1)
+        time.sleep(60)
+    print(started.pid, forked, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks of folders")
+def test_two_processes_do_not_search_in_one_folder(tmp_path):
+    """The second is refused until the first is dead, though killed, and though what the first started lives on."""
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout
+    children = [int(word) for word in holder.stdout.readline().split()]
+    try:
+        for resume in (False, True):
+            with pytest.raises(ArtifactError, match=r"in use: another process.*Wait.*--resume.*another folder"):
+                check_folder(tmp_path, resume)
+        holder.kill()
+        holder.wait()
+        check_folder(tmp_path, resume=False)  # not refused, and nothing lies in it
+    finally:
+        holder.kill()
+        holder.communicate()
+        for child in children:
+            os.kill(child, 9)
+
+
+def test_where_folders_cannot_be_locked_the_search_goes_on(tmp_path: Path, monkeypatch):
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", flock)
+    with claimed(tmp_path, resume=False), claimed(tmp_path, resume=False):
+        pass
 
 
 def test_trials_that_cannot_be_read_are_named(tmp_path):
