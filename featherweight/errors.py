@@ -8,6 +8,7 @@
     ├── ExportError       a target cannot hold the network
     ├── TargetError       a target is unknown or its runtime is not installed
     ├── ArtifactError     a folder is no artifact, or not the one that was written
+    ├── ProcessError      a process was killed, hung or ran out of memory: trying again may help
     └── BudgetError       what the user allows makes no sense
 
 A message is one paragraph: what is wrong, where, why, and what to do. The command line prints it and exits
@@ -45,6 +46,10 @@ class TargetError(FeatherweightError):
 
 class ArtifactError(FeatherweightError):
     """A folder is no artifact, or not the one that was written."""
+
+
+class ProcessError(FeatherweightError):
+    """A process was killed, hung or ran out of memory: trying again may help."""
 
 
 class BudgetError(FeatherweightError):

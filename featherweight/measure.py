@@ -258,6 +258,7 @@ def measure(
     Raises:
         WorkloadError: the score fails on the artifact's outputs.
         ArtifactError: the artifact cannot be loaded or run.
+        ProcessError: a process that measures was killed, hung or ran out of memory.
     """
     original = baseline.measurement
     inputs = timing_inputs(workload, batch)

@@ -42,6 +42,7 @@ from featherweight.errors import (
     ExportError,
     FeatherweightError,
     LayerError,
+    ProcessError,
     TargetError,
     WorkloadError,
 )
@@ -542,7 +543,8 @@ class _Search:
                 self.progress.line("the time limit leaves no room for another trial")
                 return
             trial = self._try(recipe)
-            write_trial(self.folder, self.settings, trial)
+            if not trial.by_chance:
+                write_trial(self.folder, self.settings, trial)
             self.trials.append(trial)
             self.progress.line(self._told(trial))
         if not measurements(self.trials):
@@ -553,7 +555,7 @@ class _Search:
         self.progress.count(len(self.trials), len(self.trials))
 
     def _try(self, recipe: Recipe) -> Trial:
-        watch = Stopwatch(self.progress)
+        watch, by_chance = Stopwatch(self.progress), False
         try:
             artifact = self._built(recipe, watch)
             watch("measure")
@@ -563,13 +565,13 @@ class _Search:
         except Exception as problem:
             if isinstance(problem.__cause__, OSError):  # the disk is full, say: the next trial would fail as well
                 raise
-            known = isinstance(problem, FeatherweightError)
+            known, by_chance = isinstance(problem, FeatherweightError), isinstance(problem, ProcessError)
             found, error = None, str(problem) if known else f"{type(problem).__name__}: {problem}"
         finally:
             watch("")
             for stage, seconds in watch.seconds.items():
                 self.watch.seconds[stage] = round(self.watch.seconds.get(stage, 0.0) + seconds, 3)
-        return Trial(recipe, found, error, watch.seconds)
+        return Trial(recipe, found, error, watch.seconds, by_chance)
 
     def _built(self, recipe: Recipe, watch: Stopwatch) -> Artifact:
         """Its artifact: from disk where it lies there whole, else made anew."""
@@ -618,7 +620,8 @@ class _Search:
     def _told(self, trial: Trial) -> str:
         passes_, target = in_words(trial.recipe), trial.recipe.target
         if trial.measurement is None:
-            return f"{passes_} on {target}: failed: {trial.error}"
+            failed = "failed, to be tried again with --resume" if trial.by_chance else "failed"
+            return f"{passes_} on {target}: {failed}: {trial.error}"
         objection = self.budget.objection(trial.measurement)
         took = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in trial.seconds.items())
         return (

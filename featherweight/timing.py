@@ -32,7 +32,7 @@ from typing import IO, Any
 import numpy as np
 
 from featherweight import errors
-from featherweight.errors import ArtifactError, FeatherweightError, WorkloadError
+from featherweight.errors import ArtifactError, FeatherweightError, ProcessError, WorkloadError
 from featherweight.targets import Arrays
 
 THREAD_VARIABLES = (
@@ -160,6 +160,7 @@ def interleave(
 
     Raises:
         ArtifactError, WorkloadError: a subject cannot be loaded or run; the message says why.
+        ProcessError: a subject's process was killed, hung or ran out of memory, which may not be the subject's fault.
     """
     names = [subject.name for subject in subjects]
     if not names or len(set(names)) != len(names):
@@ -388,26 +389,33 @@ class Worker:
         try:
             line = self._lines.get(timeout=TIMEOUT_S)
         except queue.Empty:
-            raise self._failure(f"gave no answer within {TIMEOUT_S:.0f} s") from None
+            raise self._loss(f"gave no answer within {TIMEOUT_S:.0f} s") from None
         if not line:
             self._lines.put(line)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(timeout=PATIENCE_S)
             code = self._end()
-            how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
-            raise self._failure(f"{how} before it answered")
+            if code < 0:
+                raise self._loss(f"was ended by signal {-code} before it answered")
+            raise self._failure(f"ended with exit code {code} before it answered")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             kind = getattr(errors, answer["kind"], None)
             if isinstance(kind, type) and issubclass(kind, FeatherweightError):
                 raise kind(answer["error"])
+            if answer["kind"] == MemoryError.__name__:
+                raise self._loss("ran out of memory")
             raise self._failure(f"raised {answer['kind']}: {answer['error']}")
         return answer
 
+    def _loss(self, what: str) -> ProcessError:
+        return ProcessError(
+            f"The process that times {self._subject.name!r} {what}. The machine may be short of memory, or too busy: "
+            "make room and try again; if that does not help, it needs more memory, or another target. "
+            f"{self._last_words()}"
+        )
+
     def _failure(self, what: str) -> FeatherweightError:
-        self._stderr.seek(0, os.SEEK_END)
-        self._stderr.seek(max(0, self._stderr.tell() - TAIL))
-        said = self._stderr.read().decode(errors="replace").strip() or "(nothing)"
         artifact = self._subject.folder is not None
         advice = (
             "The runtime cannot hold this network here: look for memory that ran out, or choose another target."
@@ -415,7 +423,13 @@ class Worker:
             else "The workload must load by itself in a fresh process: run its file alone, and mend what it raises."
         )
         kind = ArtifactError if artifact else WorkloadError
-        return kind(f"The process that times {self._subject.name!r} {what}. {advice} Its last words:\n{said}")
+        return kind(f"The process that times {self._subject.name!r} {what}. {advice} {self._last_words()}")
+
+    def _last_words(self) -> str:
+        self._stderr.seek(0, os.SEEK_END)
+        self._stderr.seek(max(0, self._stderr.tell() - TAIL))
+        said = self._stderr.read().decode(errors="replace").strip() or "(nothing)"
+        return f"Its last words:\n{said}"
 
 
 def _environment(threads: int) -> dict[str, str]:

@@ -121,12 +121,16 @@ def _number(text: str) -> float | None:
 
 @dataclass(frozen=True)
 class Trial:
-    """One recipe, tried: what was measured of it, or why nothing could be."""
+    """One recipe, tried: what was measured of it, or why nothing could be.
+
+    A failure `by_chance` is the machine's and not the recipe's: it is not stored, so that resuming tries it again.
+    """
 
     recipe: Recipe
     measurement: Measurement | None
     error: str = ""
     seconds: Mapping[str, float] = field(default_factory=dict)  # by stage: passes, export, measure
+    by_chance: bool = False
 
     def drop_fits(self, budget: Budget) -> bool:
         """Whether it keeps enough of the score, whatever it weighs."""

@@ -18,11 +18,19 @@ from torch import nn
 
 from featherweight import search, targets
 from featherweight.artifact import open_artifact
-from featherweight.errors import ArtifactError, BudgetError, ExportError, LayerError, TargetError, WorkloadError
+from featherweight.errors import (
+    ArtifactError,
+    BudgetError,
+    ExportError,
+    LayerError,
+    ProcessError,
+    TargetError,
+    WorkloadError,
+)
 from featherweight.measure import Measurement
 from featherweight.recipe import Recipe
 from featherweight.search import Facts, next_recipe
-from featherweight.trials import Budget, Trial, best_of, claimed, in_words
+from featherweight.trials import Budget, Trial, best_of, claimed, in_words, read_trials
 from featherweight.workload import Workload, load
 from tests.made_up import measurement
 
@@ -382,6 +390,29 @@ def test_a_trial_that_fails_is_recorded_and_the_search_goes_on(begun, monkeypatc
     assert result.verdict == "accepted" and result.best
     assert {"quantize_dynamic", "prune_channels"} <= {word for path in (begun / "trials").glob("*.json")
         for word in re.findall(r"\w+", json.loads(path.read_text())["recipe"])}  # fmt: skip
+
+
+@quick
+@pytest.mark.usefixtures("imagined")
+def test_a_trial_whose_process_was_killed_is_tried_again_when_resumed(begun, monkeypatch):
+    """The search goes on without it; nothing of it is stored."""
+    real, killed = search.measure, []
+
+    def measured(artifact, *args, **settings):
+        if "quantize_static" in artifact.recipe and not killed:
+            killed.append(artifact.digest)
+            raise ProcessError("was ended by signal 9")
+        return real(artifact, *args, **settings)
+
+    monkeypatch.setattr(search, "measure", measured)
+    heard = Heard()
+    result = _search(begun, resume=True, progress=heard)
+    assert [rejected["reason"] for rejected in result.rejected] == ["was ended by signal 9"]
+    assert "quantize_static on onnxruntime: failed, to be tried again with --resume: was ended" in "".join(heard.lines)
+    stored = [trial.recipe.digest for _, trial in read_trials(begun)]
+    assert len(stored) >= 2 and killed[0] not in stored
+    assert not _search(begun, resume=True).rejected
+    assert killed[0] in {trial.recipe.digest for _, trial in read_trials(begun) if trial.measurement}
 
 
 @quick

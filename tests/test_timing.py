@@ -17,7 +17,7 @@ import torch
 from safetensors.numpy import load_file
 
 from featherweight import timing
-from featherweight.errors import ArtifactError, WorkloadError
+from featherweight.errors import ArtifactError, ProcessError, WorkloadError
 from featherweight.timing import Interval, Subject, interleave, keeping_originals, latency, ratio, started, turn
 
 WORKLOAD = """
@@ -318,15 +318,20 @@ def test_a_worker_that_dies_is_explained_with_its_last_words(standin: Callable[[
 
 
 def test_a_worker_that_is_killed_says_by_which_signal(standin: Callable[[str], Subject]) -> None:
-    with pytest.raises(ArtifactError, match="was ended by signal 9"):
+    with pytest.raises(ProcessError, match=r"was ended by signal 9 before it answered\..*make room and try again"):
         interleave([standin("os.kill(os.getpid(), 9)")], INPUTS, **QUICK)
 
 
 def test_a_worker_that_hangs_is_given_up(standin: Callable[[str], Subject], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "TIMEOUT_S", 0.1)
     monkeypatch.setattr(timing, "PATIENCE_S", 0.1)
-    with pytest.raises(ArtifactError, match="gave no answer within 0 s"):
+    with pytest.raises(ProcessError, match="gave no answer within 0 s"):
         interleave([standin("time.sleep(600)")], INPUTS, **QUICK)
+
+
+def test_a_worker_that_runs_out_of_memory_is_no_fault_of_the_artifact(standin: Callable[[str], Subject]) -> None:
+    with pytest.raises(ProcessError, match="process that times 'artifact' ran out of memory"):
+        interleave([standin("def run(inputs): raise MemoryError")], INPUTS, **QUICK)
 
 
 def test_processes_end_with_the_block_and_those_that_they_started_too(
