@@ -91,7 +91,8 @@ def read(folder: Path) -> Findings:
     rows = []
     for settings, trial in read_trials(folder):
         seed = best.seed if best else settings.seed  # another seed makes another artifact of the same recipe
-        if (settings.threads, settings.batch, settings.seed) == (original.threads, original.batch, seed):
+        other = any(original.versions.get(name, version) != version for name, version in trial.versions.items())
+        if not other and (settings.threads, settings.batch, settings.seed) == (original.threads, original.batch, seed):
             rows.append(_row(trial, budget, best if best and best.digest == trial.recipe.digest else None))
     return Findings(
         verdict=result.get("verdict", "unfinished"),

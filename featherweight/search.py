@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from featherweight import passes, targets
-from featherweight.artifact import Artifact, build, open_artifact, replace_artifact, write_text_atomic
+from featherweight.artifact import Artifact, build, open_artifact, replace_artifact, versions_of, write_text_atomic
 from featherweight.errors import (
     ArtifactError,
     BudgetError,
@@ -492,16 +492,21 @@ class _Search:
     # ---- what lies on disk
 
     def _stored_trials(self) -> list[Trial]:
-        """Those of earlier runs with the same settings, oldest first."""
+        """Those of earlier runs with the same settings and the same versions of everything, oldest first."""
         (self.folder / TRIALS).mkdir(exist_ok=True)
         for stale in (self.folder / TRIALS).glob(".*.partial"):  # of a run that was killed
             if re.fullmatch(rf"\.{DIGEST}\..*", stale.name):
                 shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
         found = []
+        changed: dict[str, None] = {}  # in order, once each
         for settings, trial in read_trials(self.folder):
             self._check_fingerprint(settings.fingerprint)
             if settings == self.settings:
-                found.append(trial)
+                changes = _changes(trial.versions, _versions_now(trial.recipe.target))
+                changed |= dict.fromkeys(changes)
+                found += [] if changes else [trial]
+        if changed:
+            self.progress.line(f"trials made with other versions are not reused: {', '.join(changed)}")
         return found
 
     def _check_fingerprint(self, found: str) -> None:
@@ -520,7 +525,9 @@ class _Search:
             stored = read_json(path)
             self._check_fingerprint(stored.get("fingerprint", ""))
             if "baseline" in stored and all(stored.get(name) == value for name, value in key.items()):
-                return Baseline.from_json(json.dumps(stored["baseline"]), self.workload)
+                known = Baseline.from_json(json.dumps(stored["baseline"]), self.workload)
+                if known.measurement.versions == versions_of(known.measurement.target):
+                    return known
         self.watch("baseline")
         seed = self.settings.seed
         found = baseline(self.workload, threads=self.settings.threads, batch=self.settings.batch, seed=seed)
@@ -571,7 +578,7 @@ class _Search:
             watch("")
             for stage, seconds in watch.seconds.items():
                 self.watch.seconds[stage] = round(self.watch.seconds.get(stage, 0.0) + seconds, 3)
-        return Trial(recipe, found, error, watch.seconds, by_chance)
+        return Trial(recipe, found, error, watch.seconds, by_chance, versions_of(recipe.target))
 
     def _built(self, recipe: Recipe, watch: Stopwatch) -> Artifact:
         """Its artifact: from disk where it lies there whole, else made anew."""
@@ -582,11 +589,12 @@ class _Search:
         return build(recipe, self.workload, place, self.settings.seed, progress=watch)
 
     def _there(self, recipe: Recipe) -> Artifact | None:
-        """Its artifact, where it lies on disk whole."""
+        """Its artifact, where it lies on disk whole and would be made the same now."""
+        wanted = {"recipe_digest": recipe.digest, "seed": self.settings.seed, "versions": versions_of(recipe.target)}
         for folder in (self._place(recipe), self.folder / BEST):
             with contextlib.suppress(ArtifactError):
                 there = open_artifact(folder)
-                if there.digest == recipe.digest and there.manifest["seed"] == self.settings.seed:
+                if all(there.manifest[name] == value for name, value in wanted.items()):
                     return there
         return None
 
@@ -729,6 +737,21 @@ class _Search:
         if source.is_dir():
             replace_artifact(source, best)
         write_text_atomic(self.folder / RECIPE, recipe.to_yaml())
+
+
+def _versions_now(target: str) -> dict[str, str]:
+    """As `versions_of` says; without those of the target's runtime where it is no longer installed."""
+    return versions_of(target if target in targets.installed() else "eager")
+
+
+def _changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """What differs between two sets of versions, in words.
+
+    >>> _changes({"torch": "2.12.0", "numpy": "2.3"}, {"torch": "2.13.0", "numpy": "2.3", "onnx": "1.19"})
+    ['torch 2.12.0, now 2.13.0', 'onnx unknown, now 1.19']
+    """
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return [f"{name} {before.get(name, 'unknown')}, now {now.get(name, 'not there')}" for name in names]
 
 
 def figures(found: Measurement) -> str:

@@ -131,6 +131,7 @@ class Trial:
     error: str = ""
     seconds: Mapping[str, float] = field(default_factory=dict)  # by stage: passes, export, measure
     by_chance: bool = False
+    versions: Mapping[str, str] = field(default_factory=dict)  # of what it was made and measured with
 
     def drop_fits(self, budget: Budget) -> bool:
         """Whether it keeps enough of the score, whatever it weighs."""
@@ -293,6 +294,7 @@ def write_trial(folder: Path, settings: Settings, trial: Trial) -> None:
         "recipe": trial.recipe.to_yaml(),
         "target": trial.recipe.target,
         **dataclasses.asdict(settings),
+        "versions": dict(trial.versions),
         "seconds": dict(trial.seconds),
         "measurement": None if found is None else dataclasses.asdict(found),
         "error": trial.error or None,
@@ -319,6 +321,7 @@ def read_trials(folder: Path) -> list[tuple[Settings, Trial]]:
                 measurement=None if measured is None else Measurement.from_json(json.dumps(measured)),
                 error=stored["error"] or "",
                 seconds={str(stage): float(seconds) for stage, seconds in stored["seconds"].items()},
+                versions={str(name): str(version) for name, version in stored.get("versions", {}).items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError, FeatherweightError) as error:
             raise ArtifactError(f"{path} is no trial of this version ({error}). Delete it, and resume.") from error

@@ -266,9 +266,10 @@ def test_few_trials(tmp_path, trials):
     report.write(folder_of(tmp_path / "a", trials))
 
 
-def test_trials_of_other_settings_are_left_out(tmp_path):
+def test_trials_of_other_settings_or_versions_are_left_out(tmp_path):
     folder = folder_of(tmp_path / "a", TRIALS[:1])
     write_trial(folder, dataclasses.replace(SETTINGS, threads=7), TRIALS[1])
+    write_trial(folder, SETTINGS, dataclasses.replace(TRIALS[2], versions={"torch": "1.0", "onnxruntime": "1.0"}))
     assert len(report.read(folder).rows) == 1
 
 

@@ -417,6 +417,43 @@ def test_a_trial_whose_process_was_killed_is_tried_again_when_resumed(begun, mon
 
 @quick
 @pytest.mark.usefixtures("imagined")
+def test_what_was_made_with_other_versions_is_made_anew(begun, monkeypatch):
+    """Trials, and the best one's artifact, which an older torch made; one trial tells of no versions at all."""
+    real, names = search.build, []
+    best = _search(begun, resume=True).best
+    stored = sorted((begun / "trials").glob("*.json"))
+    for path, change in (
+        (stored[0], lambda found: found.pop("versions")),
+        (stored[1], lambda found: found["versions"].update(torch="1.0", onnxruntime="1.1")),
+        (begun / "best" / "manifest.json", lambda found: found["versions"].update(torch="1.0")),
+    ):
+        found = json.loads(path.read_text())
+        change(found)
+        path.write_text(json.dumps(found))
+    before = {path: path.read_text() for path in stored}
+    monkeypatch.setattr(search, "build", lambda recipe, *a, **k: names.append(recipe.digest) or real(recipe, *a, **k))
+    heard = Heard()
+    again = _search(begun, resume=True, progress=heard)
+    assert {path for path, text in before.items() if path.read_text() != text} == set(stored[:2])
+    said = [line for line in heard.lines if "made with other versions are not reused" in line]
+    assert len(said) == 1 and re.search(r"torch unknown, now 2\.", said[0]) and "onnxruntime 1.1, now" in said[0]
+    assert best and again.best and best.digest == again.best.digest and best.digest in names
+    assert open_artifact(begun / "best").manifest["versions"]["torch"] != "1.0"
+
+
+def test_an_original_that_was_measured_with_other_versions_is_measured_anew(begun, monkeypatch):
+    monkeypatch.setattr(search, "versions_of", lambda target: {"torch": "9"})
+
+    def measured(*_, **__):
+        raise WorkloadError("measured anew")
+
+    monkeypatch.setattr(search, "baseline", measured)
+    with pytest.raises(WorkloadError, match="measured anew"):
+        _search(begun, resume=True)
+
+
+@quick
+@pytest.mark.usefixtures("imagined")
 def test_an_interrupt_ends_with_the_best_so_far(begun, monkeypatch):
     """A signal comes while the third trial is built."""
     real, count = search.build, iter(range(99))
