@@ -6,8 +6,9 @@ Which channels hang together is `coupling`'s affair; what to put into a layer, a
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -293,6 +294,50 @@ def thawed(model: nn.Module) -> Iterator[None]:
     finally:
         for encoding in found:
             encoding.freeze()
+
+
+# ------------------------------------------------------------------------------------------------ blocks
+
+
+@dataclass(frozen=True)
+class Block:
+    """The child called `child` of the container called `container`, by their names in the original network."""
+
+    container: str
+    child: str
+
+    @property
+    def name(self) -> str:
+        """The whole name."""
+        return f"{self.container}.{self.child}".lstrip(".")
+
+
+def blocks(model: nn.Module) -> Iterator[Block]:
+    """The children of every list or sequence that has several of the same kind, themselves made of layers."""
+    for name, container in model.named_modules():
+        if not isinstance(container, (nn.ModuleList, nn.Sequential)):
+            continue
+        children = dict(container.named_children())
+        kinds = [type(child) for child in children.values()]
+        for child, module in children.items():
+            composed = any(True for _ in module.children()) and any(True for _ in module.parameters())
+            if composed and kinds.count(type(module)) > 1 and not isinstance(module, (nn.ModuleList, nn.Sequential)):
+                yield Block(name, child)
+
+
+def without(model: nn.Module, gone: Sequence[Block]) -> nn.Module:
+    """A copy of `model` in which the blocks are no longer in their containers."""
+    copied = copy.deepcopy(model)
+    # all are found before any is changed, for names change with what is removed before them
+    containers = {block.container: copied.get_submodule(block.container) for block in gone}
+    for name, container in containers.items():
+        doomed = {block.child for block in gone if block.container == name}
+        kept = [child for key, child in container.named_children() if key not in doomed]
+        for key in list(container._modules):
+            del container._modules[key]
+        for index, child in enumerate(kept):
+            container.add_module(str(index), child)
+    return copied
 
 
 # ------------------------------------------------------------------------------------------------ watching

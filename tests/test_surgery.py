@@ -270,6 +270,38 @@ def test_thawed_freezes_again_whatever_happens():
     assert torch.equal(net[0].weight, before)
 
 
+# ------------------------------------------------------------------------------------------------ blocks
+
+
+class Wrapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+
+def test_blocks_of_nested_containers_have_their_whole_names():
+    net = nn.Module()
+    net.stage = nn.ModuleList([nn.Sequential(Wrapped(), Wrapped()), nn.Sequential(Wrapped(), Wrapped())])
+    assert [block.name for block in surgery.blocks(net)] == ["stage.0.0", "stage.0.1", "stage.1.0", "stage.1.1"]
+
+
+def test_alone_of_its_kind_or_a_single_layer_is_no_block():
+    assert not list(surgery.blocks(nn.Sequential(Wrapped(), nn.Linear(4, 4), nn.Linear(4, 4))))
+
+
+def test_blocks_within_blocks_are_told_apart_while_others_go():
+    net = nn.Sequential(*(nn.ModuleDict({"inner": nn.Sequential(Wrapped(), Wrapped())}) for _ in range(3)))
+    fewer = surgery.without(net, [surgery.Block("", "0"), surgery.Block("1.inner", "0")])
+    assert [len(child["inner"]) for child in fewer] == [1, 2]
+
+
+def test_without_blocks_the_others_move_up_in_a_copy():
+    net = nn.Sequential(Wrapped(), Wrapped(), Wrapped())
+    fewer = surgery.without(net, [surgery.Block("", "1")])
+    assert len(net) == 3 and list(dict(fewer.named_children())) == ["0", "1"]
+    assert torch.equal(fewer[1].inner.weight, net[2].inner.weight)
+
+
 # ------------------------------------------------------------------------------------------------ watching
 
 

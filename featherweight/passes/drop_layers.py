@@ -13,8 +13,7 @@ Durrani, Nakov 2020, arXiv:2004.03844, for dropping them from trained ones; gree
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from featherweight.errors import LayerError
 from featherweight.passes import Pass
 from featherweight.settings import Range
-from featherweight.surgery import done, left, matches
+from featherweight.surgery import Block, blocks, done, left, matches, without
 from featherweight.workload import Batch, Workload, call, like, outputs, tensors
 
 EXAMPLES = 64  # on which damage is measured
@@ -51,18 +50,6 @@ def _relative(found: Float[Tensor, "*shape"], wanted: Float[Tensor, "*shape"]) -
 # ------------------------------------------------------------------------------------------------ the pass
 
 
-@dataclass(frozen=True)
-class Block:
-    """The child called `child` of the container called `container`, by their names in the original network."""
-
-    container: str
-    child: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.container}.{self.child}".lstrip(".")
-
-
 @dataclass(frozen=True, kw_only=True)
 class DropLayers(Pass):
     """Removes the blocks whose absence changes the outputs least; `where` names blocks.
@@ -74,87 +61,75 @@ class DropLayers(Pass):
     share: Annotated[float, Range(0.0, 0.9)] = 0.25
 
     def apply(self, model: nn.Module, workload: Workload) -> nn.Module:
-        found = removable(model, workload, self.where)
+        objections = _objections(model, workload, self.where)
+        found = [block for block, why in objections.items() if not why]
         if not found:
+            reasons = [f"without {block.name!r} the network {why}" for block, why in objections.items()][:3]
+            none = "there is no nn.ModuleList or nn.Sequential of alike blocks among what it chooses"
             raise LayerError(
-                f"where={self.where!r} chooses no block of {type(model).__name__} that {self.name()} can remove: there "
-                "is no nn.ModuleList or nn.Sequential of alike blocks that runs without one. Leave this step out."
+                f"where={self.where!r} chooses no block of {type(model).__name__} that {self.name()} can remove: "
+                f"{'; '.join(reasons) or none}. Leave this step out."
             )
-        gone = least_missed(model, found, max(1, round(self.share * len(found))), workload)
-        for block in found:
+        count = max(1, round(self.share * len(found)))
+        gone = least_missed(model, found, count, workload)
+        for block, why in objections.items():
             if block in gone:
                 done(block.name, "removed")
-            else:
+            elif why:
+                left(block.name, f"without it the network {why}")
+            elif len(gone) == count:
                 left(block.name, "matters too much for the share that was asked for")
         return without(model, gone)
 
 
 def removable(model: nn.Module, workload: Workload, where: str = "*") -> list[Block]:
-    """The blocks that `where` chooses and without each of which the network still runs; the others are reported."""
+    """The blocks that `where` chooses and without each of which the network still runs."""
+    return [block for block, why in _objections(model, workload, where).items() if not why]
+
+
+def _objections(model: nn.Module, workload: Workload, where: str) -> dict[Block, str]:
+    """By block that `where` chooses, what the network does without it that it may not do; empty where nothing."""
     batch = _sample(workload.calibration)
     wanted = _floats(model, batch)
-    found = []
+    found = {}
     for block in blocks(model):
-        if not matches(block.name, where):
-            continue
-        if _damage_without(model, [block], batch, wanted) is None:
-            left(block.name, "the network does not run, or returns other shapes, without it")
-        else:
-            found.append(block)
+        if matches(block.name, where):
+            lost = _damage_without(model, [block], batch, wanted)
+            found[block] = lost if isinstance(lost, str) else ""
     return found
 
 
 def least_missed(model: nn.Module, among: Sequence[Block], count: int, workload: Workload) -> list[Block]:
-    """`count` blocks, or as many as can go together, chosen one after the other by the damage of all so far."""
+    """`count` blocks, chosen one after the other by the damage of all so far; fewer where no more can go together.
+
+    The others are then said to be left, and why.
+    """
     batch = _sample(workload.calibration)
     wanted = _floats(model, batch)
     gone: list[Block] = []
     while len(gone) < count:
-        tried = [(_damage_without(model, [*gone, block], batch, wanted), block) for block in among if block not in gone]
-        possible = [(found, block) for found, block in tried if found is not None]
+        tried = {b: _damage_without(model, [*gone, b], batch, wanted) for b in among if b not in gone}
+        possible = {block: lost for block, lost in tried.items() if isinstance(lost, float)}
         if not possible:
+            names = ", ".join(repr(block.name) for block in gone)
+            for block, why in tried.items():
+                left(block.name, f"without it and {names} the network {why}")
             break
-        gone.append(min(possible, key=lambda item: item[0])[1])
+        gone.append(min(possible, key=lambda block: possible[block]))
     return gone
 
 
-def blocks(model: nn.Module) -> Iterator[Block]:
-    """The children of every list or sequence that has several of the same kind, themselves made of layers."""
-    for name, container in model.named_modules():
-        if not isinstance(container, (nn.ModuleList, nn.Sequential)):
-            continue
-        children = dict(container.named_children())
-        kinds = [type(child) for child in children.values()]
-        for child, module in children.items():
-            composed = any(True for _ in module.children()) and any(True for _ in module.parameters())
-            if composed and kinds.count(type(module)) > 1 and not isinstance(module, (nn.ModuleList, nn.Sequential)):
-                yield Block(name, child)
-
-
-def without(model: nn.Module, gone: Sequence[Block]) -> nn.Module:
-    """A copy of `model` in which the blocks are no longer in their containers."""
-    copied = copy.deepcopy(model)
-    for name in dict.fromkeys(block.container for block in gone):
-        container = copied.get_submodule(name)
-        doomed = {block.child for block in gone if block.container == name}
-        kept = [child for key, child in container.named_children() if key not in doomed]
-        for key in list(container._modules):
-            del container._modules[key]
-        for index, child in enumerate(kept):
-            container.add_module(str(index), child)
-    return copied
-
-
-def _damage_without(model: nn.Module, gone: Sequence[Block], batch: Batch, wanted: Sequence[Tensor]) -> float | None:
-    """The damage of removing the blocks, or None where the network then fails or returns something else."""
+def _damage_without(model: nn.Module, gone: Sequence[Block], batch: Batch, wanted: Sequence[Tensor]) -> float | str:
+    """The damage of removing the blocks, or what the network then does instead of returning the like."""
     try:
         found = _floats(without(model, gone), batch)
-    except Exception:  # whatever the user's forward raises: without the block it does not run
-        return None
-    if [value.shape for value in found] != [value.shape for value in wanted]:
-        return None
+    except Exception as error:  # whatever the user's forward raises: without the block it does not run
+        return f"raises {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    before, after = ([tuple(value.shape) for value in values] for values in (wanted, found))
+    if before != after:
+        return f"returns shapes {after} instead of {before}"
     value = damage(found, wanted)
-    return value if value == value else None
+    return value if value == value else "returns what is no number (NaN)"
 
 
 def _floats(model: nn.Module, batch: Batch) -> list[Tensor]:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from featherweight.errors import LayerError
-from featherweight.passes.drop_layers import Block, DropLayers, blocks, damage, least_missed, without
+from featherweight.passes.drop_layers import DropLayers, damage, least_missed
 from featherweight.passes.prune_channels import PruneChannels
 from featherweight.recipe import Recipe, compress_model
+from featherweight.surgery import Block, blocks, without
 from featherweight.workload import Workload
 
 X = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
@@ -108,7 +109,39 @@ class Wrap(nn.Module):
 def test_a_block_that_the_network_needs_is_left_and_named() -> None:
     _, coverage = compress_model(Recipe((DropLayers(share=0.9),), "torch"), made(Needs()))
     assert coverage.done == [("blocks.0", "removed")]
-    assert coverage.left == [("blocks.1", "the network does not run, or returns other shapes, without it")]
+    ((name, why),) = coverage.left
+    assert name == "blocks.1" and why.startswith("without it the network raises RuntimeError: mat1 and mat2 shapes")
+
+
+class Picky(nn.Module):
+    """Runs with so many blocks or more, and returns a column less with each one that is gone, if it is told to."""
+
+    def __init__(self, fewest: int, narrower: bool = False) -> None:
+        super().__init__()
+        self.fewest, self.narrower = fewest, narrower
+        self.blocks = nn.ModuleList(Add(0.1 * seed, seed) for seed in (1, 2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(self.blocks) < self.fewest:
+            raise ValueError(f"{len(self.blocks)} blocks are too few")
+        for block in self.blocks:
+            x = block(x)
+        return x[:, : 5 + len(self.blocks)] if self.narrower else x
+
+
+def test_why_no_block_can_go_is_said() -> None:
+    refusal = r"'blocks\.0' the network raises ValueError: 2 blocks are too few; .*Leave this step out"
+    with pytest.raises(LayerError, match=refusal):
+        compress_model(Recipe((DropLayers(),), "torch"), made(Picky(3)))
+    with pytest.raises(LayerError, match=r"returns shapes \[\(64, 7\)\] instead of \[\(64, 8\)\]"):
+        compress_model(Recipe((DropLayers(),), "torch"), made(Picky(0, narrower=True)))
+
+
+def test_blocks_that_cannot_go_together_are_named_with_the_reason() -> None:
+    _, coverage = compress_model(Recipe((DropLayers(share=0.9),), "torch"), made(Picky(2)))
+    assert coverage.done == [("blocks.0", "removed")]
+    why = "without it and 'blocks.0' the network raises ValueError: 1 blocks are too few"
+    assert coverage.left == [("blocks.1", why), ("blocks.2", why)]
 
 
 def test_networks_without_alike_blocks_are_refused() -> None:
@@ -120,12 +153,6 @@ def test_where_chooses_blocks() -> None:
     workload = made(nn.Sequential(Add(0.1, 1), Add(0.05, 2), Add(0.2, 3)))
     _, coverage = compress_model(Recipe((DropLayers(share=0.1, where="!1"),), "torch"), workload)
     assert coverage.done == [("0", "removed")] and [layer for layer, _ in coverage.left] == ["2"]
-
-
-def test_blocks_of_nested_containers_have_their_whole_names() -> None:
-    model = nn.Module()
-    model.stage = nn.ModuleList([nn.Sequential(Add(1.0), Add(1.0)), nn.Sequential(Add(1.0), Add(1.0))])
-    assert [block.name for block in blocks(model)] == ["stage.0.0", "stage.0.1", "stage.1.0", "stage.1.1"]
 
 
 def test_channels_can_go_afterwards() -> None:
