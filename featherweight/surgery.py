@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -25,6 +26,8 @@ from featherweight.errors import ExportError, LayerError, RecipeError
 from featherweight.workload import Batch, call, like, tensors
 
 QUANTIZER = "input_quantizer"
+# What torch says of recurrent layers when they are traced: they gather their own parameters anew, which is harmless.
+GATHERED = r"The tensor attributes? (self[\w.]*\._flat_weights\[\d+\](, | ))+(was|were) assigned during export"
 
 # ------------------------------------------------------------------------------------------------ coverage
 
@@ -387,13 +390,15 @@ def trace(model: nn.Module, example: Batch) -> torch.export.ExportedProgram:
     free = [{0: torch.export.Dim("batch", min=1, max=1 << 20)} for _ in tensors(batch)]
     named = isinstance(batch, Mapping)
     try:
-        return torch.export.export(
-            model,
-            args=() if named else tuple(batch),
-            kwargs=dict(batch) if named else None,  # type: ignore[arg-type]
-            dynamic_shapes=dict(zip(batch, free, strict=True)) if isinstance(batch, Mapping) else tuple(free),
-            strict=False,
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", GATHERED, UserWarning)
+            return torch.export.export(
+                model,
+                args=() if named else tuple(batch),
+                kwargs=dict(batch) if named else None,  # type: ignore[arg-type]
+                dynamic_shapes=dict(zip(batch, free, strict=True)) if isinstance(batch, Mapping) else tuple(free),
+                strict=False,
+            )
     except Exception as error:
         first = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
         raise ExportError(

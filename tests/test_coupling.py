@@ -510,7 +510,6 @@ def test_the_reason_names_the_layer_that_is_in_the_way():
     assert reasons(net, ROWS)["0"] == "feeds layer_norm in '1', whose result depends on how many there are"
 
 
-@pytest.mark.filterwarnings("ignore:.*LSTM:UserWarning")
 def test_recurrent_layers_are_left():
     net = Net(lambda net, x: net.last(net.lstm(net.first(x))[0]), first=nn.Linear(16, 8), last=nn.Linear(6, 4))
     net.lstm = nn.LSTM(8, 6, batch_first=True)

@@ -1,6 +1,7 @@
 """Surgery: finding layers, changing them, watching them, tracing them."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -345,6 +346,32 @@ def test_keyword_batches_are_traced_by_keyword():
 
     program = surgery.trace(Named(), {"a": torch.ones(1, 3), "b": torch.zeros(1, 3)})
     assert torch.equal(program.module()(a=torch.zeros(5, 3), b=torch.ones(5, 3)), -torch.ones(5, 3))
+
+
+class Recurrent(nn.Module):
+    """Also keeps the batch as an attribute, if it is told to."""
+
+    def __init__(self, kept: bool = False) -> None:
+        super().__init__()
+        self.kept, self.last = kept, None
+        self.layers = nn.ModuleList([kind(4, 4, batch_first=True) for kind in (nn.LSTM, nn.GRU)])
+
+    def forward(self, x):
+        if self.kept:
+            self.last = x + 1
+        for layer in self.layers:
+            x = layer(x)[0]
+        return x
+
+
+def test_recurrent_layers_are_traced_without_a_warning_and_other_warnings_come_through():
+    x = (torch.randn(3, 2, 4),)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        surgery.trace(Recurrent().eval(), x)
+        surgery.trace(nn.LSTM(4, 4, batch_first=True).eval(), x)
+    with pytest.warns(UserWarning, match=r"self\.last.* assigned during export"):
+        surgery.trace(Recurrent(kept=True).eval(), x)
 
 
 def test_what_cannot_be_traced_says_why():

@@ -188,7 +188,6 @@ DERIVED_SIZES = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:The tensor attributes")  # of torch, about an LSTM
 @pytest.mark.parametrize("name", DERIVED_SIZES)
 def test_what_is_written_can_be_read(name, tmp_path):
     model = DERIVED_SIZES[name].eval()
