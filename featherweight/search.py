@@ -493,7 +493,6 @@ class _Search:
 
     def _stored_trials(self) -> list[Trial]:
         """Those of earlier runs with the same settings and the same versions of everything, oldest first."""
-        (self.folder / TRIALS).mkdir(exist_ok=True)
         for stale in (self.folder / TRIALS).glob(".*.partial"):  # of a run that was killed
             if re.fullmatch(rf"\.{DIGEST}\..*", stale.name):
                 shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
@@ -714,7 +713,7 @@ class _Search:
             self._keep(best.recipe)
         if best is not None or not (self.folder / RESULT).exists():
             write_text_atomic(self.folder / RESULT, result.to_json())
-        for leftover in (self.folder / TRIALS).iterdir():
+        for leftover in (self.folder / TRIALS).glob("*"):
             if leftover.is_dir() and re.fullmatch(DIGEST, leftover.name):
                 shutil.rmtree(leftover, ignore_errors=True)
         return result

@@ -527,6 +527,17 @@ def test_a_folder_in_which_another_search_runs_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_ends_before_the_original_is_measured_leaves_the_folder_empty(tmp_path, monkeypatch):
+    def killed(*_, **__):
+        raise ProcessError("was ended by signal 9")
+
+    monkeypatch.setattr(search, "baseline", killed)
+    for _ in range(2):
+        with pytest.raises(ProcessError):
+            _search(tmp_path)
+        assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("settings", "kind", "message"),
     [
