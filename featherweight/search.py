@@ -4,7 +4,8 @@
 lie on disk (see `trials`), are all the state there is. So a search that was killed goes on where it stopped, and the
 same scores lead to the same result.
 
-Three rungs, cheapest first. The network as it is on every target, and whole in int8: the better target is kept.
+Three rungs, cheapest first. The network as it is on every target, and whole in int8 on those that are not far slower
+than another: the best target is kept.
 Where int8 loses too much, int8 trained by distillation, int8 with ranges found while running, and weights alone in
 8 bits. Then a bisection over one knob, the share of channels that is removed, each candidate distilled and turned to
 numbers as the second rung found best. Networks that repeat alike blocks, as transformers do, first lose whole blocks,
@@ -71,12 +72,14 @@ from featherweight.trials import (
     read_trials,
     write_trial,
 )
-from featherweight.workload import Batch, Workload, call, count_batches, tensors
+from featherweight.workload import Batch, Workload, call, count_batches, raw, tensors
 from featherweight.workload import check as check_workload
 
 LARGEST_SHARE = 0.8  # of channels that may be removed: the bisection's upper end
-CANDIDATES = 5  # of the bisection: shares are found to LARGEST_SHARE / 2**5
-BLOCK_CANDIDATES = 3  # of these, at most, for whole blocks, where there are such
+CANDIDATES = 4  # of the bisection: shares are found to LARGEST_SHARE / 2**4
+BLOCK_CANDIDATES = 3  # at most, for whole blocks, where there are such
+FEWEST_CANDIDATES = 2  # for channels, however many the blocks took
+HOPELESS = 2.0  # times the cost of the best target, uncompressed: int8 is not tried there
 TRAINING_FLOP = 8e12  # of one candidate's distillation: under a minute on two cores
 FEWEST_STEPS, MOST_STEPS = 250, 1000  # of one candidate's distillation
 NORMED_LR, PLAIN_LR = 0.01, 0.003  # with batch norms, which make rescaled weights harmless, and without
@@ -150,7 +153,8 @@ def plan(facts: Facts, budget: Budget) -> Plan:
     plain, static = {}, {}
     for target in facts.targets:
         plain[target] = yield Recipe(facts.steps(), target)
-    working = [target for target in facts.targets if plain[target].measurement]
+    costs = {target: _cost(trial, trial, budget) for target, trial in plain.items()}
+    working = [target for target, cost in costs.items() if cost <= HOPELESS * min(costs.values()) < math.inf]
     for target in working:
         static[target] = yield Recipe(facts.steps("quantize_static"), target)
     if not working:
@@ -205,7 +209,7 @@ def _bisection(facts: Facts, budget: Budget, target: str, numbers: Numbers) -> P
     dropped, spent = yield from _fewer_blocks(facts, budget, target, numbers)
     tried: list[tuple[float, bool]] = []
     failed = 0
-    while (share := share_to_try(tried, CANDIDATES - spent)) is not None:
+    while (share := share_to_try(tried, max(CANDIDATES - spent, FEWEST_CANDIDATES))) is not None:
         trial = yield Recipe(facts.steps(*numbers, shape=facts.pruned(share, target, dropped)), target)
         tried.append((share, trial.drop_fits(budget)))
         failed += trial.measurement is None
@@ -299,7 +303,7 @@ def fingerprint(workload: Workload) -> str:
         if not isinstance(value, Tensor):  # what a module keeps with get_extra_state
             continue
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(raw(value).data)
     digest.update(_described(workload.example).encode())
     return digest.hexdigest()[:16]
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -65,6 +66,11 @@ def tensors(batch: Batch) -> tuple[Tensor, ...]:
 def like(batch: Batch, values: Sequence[Tensor]) -> Batch:
     """`values` in the form of `batch`: a dict with its keys, or a tuple."""
     return dict(zip(batch, values, strict=True)) if isinstance(batch, Mapping) else tuple(values)
+
+
+def raw(value: Tensor) -> np.ndarray:
+    """The tensor's bytes in order, (number of bytes,)."""
+    return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
 
 
 def count_batches(data: Iterable[Any]) -> int:

@@ -18,8 +18,10 @@ arXiv:1711.05101, rates relative to the weights: Shazeer and Stern 2018, arXiv:1
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 import sys
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -35,12 +37,13 @@ from featherweight.errors import LayerError, WorkloadError
 from featherweight.passes import Pass
 from featherweight.settings import Choice, Range
 from featherweight.surgery import done, layer_of, matches, thawed
-from featherweight.workload import Batch, Workload, call, count_batches, outputs, tensors
+from featherweight.workload import Batch, Workload, call, count_batches, outputs, raw, tensors
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 WARM_UP = 0.1  # share of the steps
 SMALLEST = 1e-3  # root mean square below which a tensor's rate does not fall, so that zeros can move
 WHOLE_BATCH = 16  # examples below which batch statistics are too rough to normalise by
+MEMORY = 2**28  # bytes of the teacher's answers that are kept
 
 
 def soft_loss(
@@ -151,13 +154,13 @@ class DistillSoft(Pass):
         optimizer = torch.optim.AdamW(relative_rates(parameters.values(), self.lr), weight_decay=0.0, fused=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps))
         norms = _norms(student, {layer_of(name) for name in parameters})
+        teacher = teacher_of(workload.model)
         losses: list[float] = []
         bar = tqdm(batches, "distil", total=steps, unit="step", leave=False, disable=not sys.stderr.isatty())
         for batch in bar:
             for norm in norms:
                 norm.train(tensors(batch)[0].shape[0] >= WHOLE_BATCH)
-            with torch.no_grad():
-                wanted = outputs(call(workload.model, batch))
+            wanted = teacher(batch)
             loss = self._loss(outputs(call(student, batch)), wanted)
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
@@ -200,6 +203,62 @@ class DistillSoft(Pass):
             f"distill_soft: the loss became NaN or infinite in step {step} with lr={self.lr:g}. Lower lr, to "
             f"{self.lr / 10:g} say; if that does not help, an earlier step broke the model: try without it."
         )
+
+
+class Teacher:
+    """What the original answers to a batch.
+
+    A search trains one candidate after the other on the same batches, and a third of a step is the teacher's: answers
+    are kept, up to MEMORY bytes, as long as the model lives and stays as it is.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+        self._state = _state(model)
+        self._answers: dict[bytes, Sequence[Tensor]] = {}
+        self._room = MEMORY
+
+    def __call__(self, batch: Batch) -> Sequence[Tensor]:
+        question = _digest(batch)
+        if question not in self._answers:
+            model = self._model()
+            assert model is not None  # whoever asks holds it
+            with torch.no_grad():
+                answer = outputs(call(model, batch))
+            size = sum(t.numel() * t.element_size() for t in answer)
+            if size > self._room:
+                return answer
+            self._room -= size
+            self._answers[question] = answer
+        return self._answers[question]
+
+    def knows(self, model: nn.Module) -> bool:
+        """Whether `model` is as it was when the first answer was given."""
+        return self._state == _state(model)
+
+
+_teachers: weakref.WeakKeyDictionary[nn.Module, Teacher] = weakref.WeakKeyDictionary()
+
+
+def teacher_of(model: nn.Module) -> Teacher:
+    """The teacher that `model` is: the one of earlier calls, unless the model has changed since."""
+    known = _teachers.get(model)
+    if known is None or not known.knows(model):
+        known = _teachers[model] = Teacher(model)
+    return known
+
+
+def _state(model: nn.Module) -> list[tuple[int, int]]:
+    """Something that changes with the model's tensors."""
+    return [(t.data_ptr(), t._version) for t in (*model.parameters(), *model.buffers())]
+
+
+def _digest(batch: Batch) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in zip(batch if isinstance(batch, Mapping) else range(len(batch)), tensors(batch), strict=True):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+        digest.update(raw(value).data)
+    return digest.digest()
 
 
 def trainable(model: nn.Module, where: str) -> dict[str, nn.Parameter]:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from featherweight.encodings import Affine, affine_scale
 from featherweight.errors import LayerError, WorkloadError
-from featherweight.passes.distill_soft import DistillSoft, rate, relative_rates, soft_loss
+from featherweight.passes import distill_soft
+from featherweight.passes.distill_soft import DistillSoft, rate, relative_rates, soft_loss, teacher_of
 from featherweight.passes.quantize_weights import QuantizeWeights
 from featherweight.surgery import encode, encoding_of, recording
 from featherweight.testing import Depthwise, networks, run, state
@@ -196,6 +197,27 @@ def steps_of(workload: Workload, **settings) -> int:
     with recording() as coverage:
         DistillSoft(**settings).apply(copy.deepcopy(workload.model), workload)
     return int(coverage.done[0][1].split()[1])
+
+
+def test_the_teacher_is_asked_once_about_a_batch_and_anew_after_it_changed(monkeypatch):
+    asked = []
+    model = nn.Linear(4, 2)
+    model.register_forward_hook(lambda *_: asked.append(1))
+    batches: list[Batch] = [(torch.randn(3, 4),), {"input": torch.randn(3, 4)}]
+    for batch in batches * 2:
+        assert torch.equal(teacher_of(model)(batch)[0], model(tensors(batch)[0]))
+    assert len(asked) == 2 + 4  # the teacher, and the comparison
+    with torch.no_grad():
+        model.bias.add_(1.0)
+    assert torch.equal(teacher_of(model)(batches[0])[0], model(batches[0][0]))
+    assert len(asked) == 8
+
+    monkeypatch.setattr(distill_soft, "MEMORY", 3 * 2 * 4)  # room for one answer
+    other = nn.Linear(4, 2)
+    other.register_forward_hook(lambda *_: asked.append(1))
+    for batch in batches * 2:
+        teacher_of(other)(batch)
+    assert len(asked) == 8 + 3
 
 
 def test_epochs_and_steps_bound_the_work():
