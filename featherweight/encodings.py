@@ -88,7 +88,7 @@ def _(codes: Tensor, scale: Tensor, shape: list[int], axis: int, block: int, bit
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     """`x` rounded to the grid of an unsigned byte with one scale and zero point; gradients pass where not clipped."""
     zero = zero_point.to(x.dtype)
-    return (torch.clamp(torch.round(x / scale) + zero, 0, 255) - zero) * scale
+    return (x / scale).round_().add_(zero).clamp_(0, 255).sub_(zero).mul_(scale)
 
 
 @fake_quantize.register_fake
@@ -96,18 +96,18 @@ def _(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-def _keep_inside(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, scale, zero_point = inputs
-    code = torch.round(x / scale) + zero_point.to(x.dtype)
-    ctx.save_for_backward((code >= 0) & (code <= 255))
+def _keep_inputs(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs)
 
 
-def _straight_through(ctx, grad):  # type: ignore[no-untyped-def]
-    (inside,) = ctx.saved_tensors
-    return grad * inside, None, None
+def _pass_inside(ctx, grad):  # type: ignore[no-untyped-def]
+    """The gradient where `x` is not clipped: a code of -0.5 to 255.5 before rounding. One pass over memory, not six."""
+    x, scale, zero_point = ctx.saved_tensors
+    step, zero = float(scale), int(zero_point)
+    return torch.ops.aten.hardtanh_backward(grad, x, (-0.5 - zero) * step, (255.5 - zero) * step), None, None
 
 
-fake_quantize.register_autograd(_straight_through, setup_context=_keep_inside)
+fake_quantize.register_autograd(_pass_inside, setup_context=_keep_inputs)
 
 
 @torch.library.custom_op("featherweight::dynamic_quantize", mutates_args=())
@@ -116,7 +116,7 @@ def dynamic_quantize(x: Tensor) -> Tensor:
     low, high = x.min().clamp(max=0), x.max().clamp(min=0)
     scale = ((high - low) / 255).clamp(min=torch.finfo(x.dtype).tiny)
     zero = torch.round(-low / scale).clamp(0, 255)
-    return (torch.clamp(torch.round(x / scale) + zero, 0, 255) - zero) * scale
+    return (x / scale).round_().add_(zero).clamp_(0, 255).sub_(zero).mul_(scale)
 
 
 @dynamic_quantize.register_fake
@@ -165,7 +165,7 @@ class Encoding(nn.Module):
     def forward(self) -> Tensor:
         if self.latent is None:
             return self.decode()
-        return self.latent + (self.project(self.latent.detach()) - self.latent.detach())
+        return _Projected.apply(self.latent, self)
 
     def right_inverse(self, dense: Tensor) -> tuple[()]:
         """Nothing of the dense tensor is kept: what is stored lives in this module's buffers."""
@@ -178,6 +178,18 @@ class Encoding(nn.Module):
         if self.latent is not None:
             self.store(self.latent.detach())
             self.register_parameter("latent", None)
+
+
+class _Projected(torch.autograd.Function):
+    """The projection of a latent tensor, with the gradient of the tensor itself."""
+
+    @staticmethod
+    def forward(ctx, latent: Tensor, encoding: Encoding) -> Tensor:  # type: ignore[no-untyped-def]
+        return encoding.project(latent)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+        return grad, None
 
 
 class Affine(Encoding):
@@ -205,7 +217,7 @@ class Affine(Encoding):
         low = -top if self.bits == 8 else -top - 1
         scales = spread(self.scale, self.shape, self.axis, self.block)
         kept = dense if self.mask is None else dense * self.mask
-        return torch.clamp(torch.round(grouped(kept, self.block) / scales), low, top)
+        return (grouped(kept, self.block) / scales).round_().clamp_(low, top)
 
     def store(self, dense: Tensor) -> None:
         codes = self._round(dense).to(torch.int8).reshape(self.shape)
@@ -213,7 +225,7 @@ class Affine(Encoding):
 
     def project(self, dense: Tensor) -> Tensor:
         scales = spread(self.scale, self.shape, self.axis, self.block)
-        return (self._round(dense) * scales).reshape(self.shape)
+        return self._round(dense).mul_(scales).reshape(self.shape)
 
     def decode(self) -> Tensor:
         return torch.ops.featherweight.dequantize(
