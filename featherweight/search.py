@@ -5,12 +5,11 @@ lie on disk (see `trials`), are all the state there is. So a search that was kil
 same scores lead to the same result.
 
 Three rungs, cheapest first. The network as it is on every target, and whole in int8 on those that are not far slower
-than another: the best target is kept.
-Where int8 loses too much, int8 trained by distillation, int8 with ranges found while running, and weights alone in
-8 bits. Then a bisection over one knob, the share of channels that is removed, each candidate distilled and turned to
-numbers as the second rung found best. Networks that repeat alike blocks, as transformers do, first lose whole blocks,
-as many as the budget bears. Whether a trial is accepted is decided on the search's own data; `test_score` is computed
-for the best alone, and only reported.
+than another: the best target is kept. Where int8 loses too much, int8 trained by distillation, int8 with ranges found
+while running, and weights alone in 8 bits. Then a bisection over one knob, the share of channels that is removed, each
+candidate distilled and turned to numbers as the second rung found best. Networks that repeat alike blocks, as
+transformers do, first lose whole blocks, as many as the budget bears. Whether a trial is accepted is decided on the
+search's own data; `test_score` is computed for the best alone, and only reported.
 """
 
 from __future__ import annotations
@@ -695,7 +694,8 @@ class _Search:
     def save(self, best: Trial | None, interrupted: bool) -> Result:
         """Writes what was found; of the artifacts only the best one's stays.
 
-        Where nothing is at hand, what an earlier run wrote stays as it is.
+        Where nothing is at hand, what an earlier run wrote stays as it is; before the original is measured there is
+        no result, and the folder stays free for another search.
         """
         self.watch("")
         accepted = best is not None and best.accepted(self.budget)
@@ -715,7 +715,7 @@ class _Search:
         )
         if best is not None:
             self._keep(best.recipe)
-        if best is not None or not (self.folder / RESULT).exists():
+        if best is not None or (self.original is not None and not (self.folder / RESULT).exists()):
             write_text_atomic(self.folder / RESULT, result.to_json())
         for leftover in (self.folder / TRIALS).glob("*"):
             if leftover.is_dir() and re.fullmatch(DIGEST, leftover.name):

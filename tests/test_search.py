@@ -481,6 +481,18 @@ def test_an_interrupt_ends_with_the_best_so_far(begun, monkeypatch):
 
 
 @quick
+def test_an_interrupt_before_the_original_is_measured_leaves_the_folder_free(tmp_path, monkeypatch):
+    def baseline(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "baseline", baseline)
+        result = _search(tmp_path)
+    assert result.interrupted and result.baseline is None and result.binding == "interrupted"
+    assert not list(tmp_path.iterdir())
+
+
+@quick
 @pytest.mark.usefixtures("imagined")
 def test_an_interrupt_at_once_leaves_an_earlier_result_as_it_was(begun, monkeypatch):
     """And folders in trials/ that are not ours stay in any case."""
