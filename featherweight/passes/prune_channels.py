@@ -70,6 +70,19 @@ def edges(units: int, step: int) -> list[int]:
     return sorted({0, *range(units % step, units, step)})
 
 
+def units_at_a_time(multiple: int, units: int, width: int) -> int:
+    """How many units of `width` channels go together, so that a multiple of `multiple` channels stays.
+
+    The multiple is halved as long as more than half of the units would go together.
+
+    >>> units_at_a_time(64, 512, 1), units_at_a_time(64, 64, 1), units_at_a_time(16, 10, 8), units_at_a_time(8, 3, 1)
+    (64, 32, 2, 1)
+    """
+    while multiple > 1 and 2 * (multiple // gcd(multiple, width)) > units:
+        multiple //= 2
+    return multiple // gcd(multiple, width)
+
+
 def uniform_removals(units: Sequence[int], steps: Sequence[int], share: float) -> list[int]:
     """How many units of each group go: `share` of each, widths rounded up.
 
@@ -119,7 +132,8 @@ class PruneChannels(Pass):
         importance: "taylor" (what the outputs lose, from calibration data) or "magnitude" (the norm of the weights
             that make a unit).
         allocation: "global" (the least important for their cost, anywhere) or "uniform" (`share` of each group).
-        multiple: of which the widths that stay are one. Heads count as they are.
+        multiple: of which the widths that stay are one; where it is more than half of a layer's width, half of it, a
+            quarter and so on. Heads count as they are.
     """
 
     share: Annotated[float, Range(0.0, 0.9)] = 0.3
@@ -138,7 +152,7 @@ class PruneChannels(Pass):
                 scores = _without_refused(model, workload.example, cuts, scores)
         going = {group: len(units) for group, units in cuts}
         for group in scores:
-            _report(group, going.get(group, 0), self._step(group))
+            _report(group, going.get(group, 0))
         return pruned
 
     def _chosen(self, found: Sequence[Group]) -> list[Group]:
@@ -176,7 +190,7 @@ class PruneChannels(Pass):
         return dict(zip(chosen, values, strict=True))
 
     def _step(self, group: Group) -> int:
-        return 1 if group.kind == "heads" else self.multiple // gcd(self.multiple, group.width)
+        return 1 if group.kind == "heads" else units_at_a_time(self.multiple, len(group), group.width)
 
     def _cuts(self, scores: Mapping[Group, Scores]) -> list[tuple[Group, list[int]]]:
         steps = [self._step(group) for group in scores]
@@ -207,14 +221,12 @@ def _without_refused(
     return {group: values for group, values in scores.items() if group not in refused}
 
 
-def _report(group: Group, count: int, step: int) -> None:
+def _report(group: Group, count: int) -> None:
     width = 1 if group.kind == "heads" else group.width
     before, after = len(group) * width, (len(group) - count) * width
     if count:
         for layer in group.layers:
             done(layer, f"{before} -> {after} {group.kind}")
-    elif len(edges(len(group), step)) == 1:
-        _leave(group, f"its {before} {group.kind} are too few to remove {step * width} at a time")
     else:
         _leave(group, "matters too much for the share that was asked for")
 
