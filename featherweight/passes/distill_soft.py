@@ -6,7 +6,7 @@ averaged over examples (and positions). The factor T² keeps gradients of one si
 Where outputs are no logits, L = Σ (student − teacher)² / Σ (teacher − mean)². No labels are needed. What earlier
 passes left trainable is trained: dense weights, the surviving weights of pruned layers, and quantized weights straight
 through their rounding, which makes this quantization-aware training. Batch norms take their statistics anew, for
-those of a network that lost channels are wrong; dropout stays off.
+those of a network that lost channels are wrong, as the mean over the last batches; dropout stays off.
 
 A step moves each tensor by about `lr` times the root mean square of its weights (AdamW with a rate for each tensor),
 so that one `lr` suits convolutional networks and transformers. It warms up over the first tenth and ends on a cosine.
@@ -43,6 +43,7 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 WARM_UP = 0.1  # share of the steps
 SMALLEST = 1e-3  # root mean square below which a tensor's rate does not fall, so that zeros can move
 WHOLE_BATCH = 16  # examples below which batch statistics are too rough to normalise by
+AVERAGED = 10  # batches at least, and an eighth of all, whose statistics the batch norms keep
 MEMORY = 2**28  # bytes of the teacher's answers that are kept
 
 
@@ -153,13 +154,12 @@ class DistillSoft(Pass):
         """The loss of every step."""
         optimizer = torch.optim.AdamW(relative_rates(parameters.values(), self.lr), weight_decay=0.0, fused=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps))
-        norms = _norms(student, {layer_of(name) for name in parameters})
+        norms = _Norms(student, {layer_of(name) for name in parameters})
         teacher = teacher_of(workload.model)
         losses: list[float] = []
         bar = tqdm(batches, "distil", total=steps, unit="step", leave=False, disable=not sys.stderr.isatty())
         for batch in bar:
-            for norm in norms:
-                norm.train(tensors(batch)[0].shape[0] >= WHOLE_BATCH)
+            norms.expect(tensors(batch)[0].shape[0], last=len(losses) >= steps - max(AVERAGED, steps // 8))
             wanted = teacher(batch)
             loss = self._loss(outputs(call(student, batch)), wanted)
             losses.append(loss.item())
@@ -170,6 +170,7 @@ class DistillSoft(Pass):
             optimizer.step()
             schedule.step()
             bar.set_postfix(loss=f"{losses[-1]:.3g}", refresh=False)
+        norms.restore()
         return losses
 
     def _loss(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
@@ -298,13 +299,36 @@ def _training(model: nn.Module, chosen: Sequence[nn.Parameter]) -> Iterator[None
             module.training = mode
 
 
-def _norms(model: nn.Module, layers: set[str]) -> list[nn.Module]:
-    """The batch norms with running statistics among `layers`, and those without parameters of their own."""
-    return [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, NORMS) and module.track_running_stats and (name in layers or module.weight is None)
-    ]
+class _Norms:
+    """The batch norms with running statistics among `layers`, and those without parameters of their own.
+
+    They keep the mean of the statistics of the last batches, when weights hardly move any more: a moving average
+    would rest on ten batches or so. Source: Wu and Johnson 2021, arXiv:2105.07576, section 3.
+    """
+
+    def __init__(self, model: nn.Module, layers: set[str]) -> None:
+        self._momenta = {
+            module: module.momentum
+            for name, module in model.named_modules()
+            if isinstance(module, NORMS) and module.track_running_stats and (name in layers or module.weight is None)
+        }
+        self._averaging = False
+
+    def expect(self, examples: int, last: bool) -> None:
+        """A batch of so many examples comes; `last` where it is among those whose statistics are kept."""
+        whole = examples >= WHOLE_BATCH
+        begins = whole and last and not self._averaging
+        for norm in self._momenta:
+            norm.train(whole)
+            if begins:
+                norm.reset_running_stats()
+                norm.momentum = None  # torch's word for the mean of all batches since
+        self._averaging = self._averaging or begins
+
+    def restore(self) -> None:
+        """Leaves the momentum as it was."""
+        for norm, momentum in self._momenta.items():
+            norm.momentum = momentum
 
 
 def _batches(data: Iterable[Any], example: Batch) -> Iterator[Batch]:
