@@ -81,7 +81,7 @@ FEWEST_CANDIDATES = 2  # for channels, however many the blocks took
 HOPELESS = 2.0  # times the cost of the best target, uncompressed: int8 is not tried there
 TRAINING_FLOP = 9e12  # of one candidate's distillation: under a minute on two cores
 FEWEST_STEPS, MOST_STEPS = 250, 1000  # of one candidate's distillation
-NORMED_LR, PLAIN_LR = 0.01, 0.003  # with batch norms, which make rescaled weights harmless, and without
+NORMED_LR, PLAIN_LR = 0.005, 0.003  # with batch norms, which make rescaled weights harmless, and without
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
