@@ -8,7 +8,7 @@ Three rungs, cheapest first. The network as it is on every target, and whole in 
 than another: the best target is kept. Where int8 loses too much, int8 trained by distillation, int8 with ranges found
 while running, and weights alone in 8 bits. Then a bisection over one knob, the share of channels that is removed, each
 candidate distilled and turned to numbers as the second rung found best. Networks that repeat alike blocks, as
-transformers do, first lose whole blocks, as many as the budget bears. Whether a trial is accepted is decided on the
+transformers do, then lose whole blocks too, as many as the budget bears. Whether a trial is accepted is decided on the
 search's own data; `test_score` is computed for the best alone, and only reported.
 """
 
@@ -76,8 +76,7 @@ from featherweight.workload import check as check_workload
 
 LARGEST_SHARE = 0.8  # of channels that may be removed: the bisection's upper end
 CANDIDATES = 4  # of the bisection: shares are found to LARGEST_SHARE / 2**4
-BLOCK_CANDIDATES = 3  # at most, for whole blocks, where there are such
-FEWEST_CANDIDATES = 2  # for channels, however many the blocks took
+BLOCK_CANDIDATES = 2  # at most, for whole blocks, where there are such: channels then get one less
 HOPELESS = 2.0  # times the cost of the best target, uncompressed: int8 is not tried there
 TRAINING_FLOP = 9e12  # of one candidate's distillation: under a minute on two cores
 FEWEST_STEPS, MOST_STEPS = 250, 1000  # of one candidate's distillation
@@ -97,7 +96,7 @@ class Facts:
         folds: whether there are batch norms to fold.
         linear: whether there are linear layers.
         epochs: how long a candidate is distilled.
-        blocks: how many alike blocks there are that may be removed whole, before channels are; 0 for none.
+        blocks: how many alike blocks there are that may be removed whole; 0 for none.
         multiples: by target, the number of which channel counts should be multiples.
     """
 
@@ -113,25 +112,29 @@ class Facts:
         fold = ("fold_batchnorm",) if self.folds else ()
         return (*shape, *(step if isinstance(step, Pass) else _step(step) for step in (*fold, *names)))
 
-    def distil(self, share: float = 0.0) -> Pass:
+    def distil(self, share: float = 0.0, times: int = 1) -> Pass:
         """The distillation of a candidate that lost `share`: a smaller network takes more steps in the same time.
 
-        Of four parts of the arithmetic of a step one is the teacher's, and three are the candidate's.
+        Of four parts of the arithmetic of a step one is the teacher's, and three are the candidate's. Where a recipe
+        distils several `times`, they share the time.
         """
-        epochs = float(f"{self.epochs * 4 / (1 + 3 * (1 - share)):.2g}")
+        epochs = float(f"{self.epochs / times * 4 / (1 + 3 * (1 - share)):.2g}")
         return _step("distill_soft", epochs=epochs, lr=NORMED_LR if self.folds else PLAIN_LR)
 
-    def pruned(self, share: float, target: str, dropped: int = 0) -> tuple[Pass, ...]:
-        """Blocks and channels removed, and what is left trained."""
+    def candidate(self, target: str, numbers: Numbers, share: float, dropped: int = 0) -> Recipe:
+        """Blocks and channels removed, what is left trained, and turned to numbers."""
         lost = dropped / self.blocks if dropped else 0.0
-        steps = [_step("drop_layers", share=round(lost, 4))] if dropped else []
+        shape = [_step("drop_layers", share=round(lost, 4))] if dropped else []
         if share:
-            steps.append(_step("prune_channels", share=share, multiple=self.multiples.get(target, 8)))
-        return *steps, self.distil(1 - (1 - lost) * (1 - share))
+            shape.append(_step("prune_channels", share=share, multiple=self.multiples.get(target, 8)))
+        shape.append(self.distil(1 - (1 - lost) * (1 - share), times=1 + _trains(numbers)))
+        return Recipe(self.steps(*numbers, shape=shape), target)
+
+
+Numbers = tuple[Pass, ...]  # the last steps of a recipe, which turn weights into numbers of few bits
 
 
 Plan = Generator[Recipe, Trial, None]
-Numbers = tuple[Pass, ...]  # the last steps of a recipe, which turn weights into numbers of few bits
 
 
 def next_recipe(facts: Facts, budget: Budget, trials: Sequence[Trial]) -> Recipe | None:
@@ -160,7 +163,7 @@ def plan(facts: Facts, budget: Budget) -> Plan:
         return
     target = min(working, key=lambda name: _cost(static[name], plain[name], budget))
     numbers = yield from _numbers(facts, budget, target, plain[target])
-    yield from _bisection(facts, budget, target, numbers)
+    yield from _shapes(facts, budget, target, numbers)
 
 
 def expected(facts: Facts, done: int) -> int:
@@ -192,40 +195,47 @@ def _numbers(facts: Facts, budget: Budget, target: str, plain: Trial) -> Generat
     return min(tried, key=lambda item: (not item[0].drop_fits(budget), _cost(item[0], item[0], budget)))[1]
 
 
+def _trains(numbers: Numbers) -> bool:
+    return any(step.name() == "distill_soft" for step in numbers)
+
+
 def _rungs(facts: Facts, budget: Budget) -> Iterator[Numbers]:
     """Ways to turn the whole network to numbers, most promising first."""
     if budget.objective == "bytes":
         yield (_step("quantize_weights", bits=4, block=64),)
     yield (_step("quantize_static"),)
-    yield (_step("quantize_static"), facts.distil())
+    yield (_step("quantize_static"), facts.distil(times=2))  # half the time: little is lost, and candidates train twice
     if facts.linear:
         yield (_step("quantize_dynamic"),)
     yield (_step("quantize_weights"),)
 
 
-def _bisection(facts: Facts, budget: Budget, target: str, numbers: Numbers) -> Plan:
-    """First over whole blocks, where there are such, then over channels of what is left."""
-    dropped, spent = yield from _fewer_blocks(facts, budget, target, numbers)
+def _shapes(facts: Facts, budget: Budget, target: str, numbers: Numbers) -> Plan:
+    """First fewer channels, then fewer whole blocks of what is left, where there are such."""
+    share = yield from _fewer_channels(facts, budget, target, numbers)
+    yield from _fewer_blocks(facts, budget, target, numbers, share)
+
+
+def _fewer_channels(facts: Facts, budget: Budget, target: str, numbers: Numbers) -> Generator[Recipe, Trial, float]:
+    """The largest share that the budget bears, by bisection."""
     tried: list[tuple[float, bool]] = []
     failed = 0
-    while (share := share_to_try(tried, max(CANDIDATES - spent, FEWEST_CANDIDATES))) is not None:
-        trial = yield Recipe(facts.steps(*numbers, shape=facts.pruned(share, target, dropped)), target)
+    while (share := share_to_try(tried, CANDIDATES - (facts.blocks > 1))) is not None:
+        trial = yield facts.candidate(target, numbers, share)
         tried.append((share, trial.drop_fits(budget)))
         failed += trial.measurement is None
         if failed == len(tried) == 2:  # what cannot be pruned at two shares cannot at any
+            break
+    return max([share for share, fitted in tried if fitted], default=0.0)
+
+
+def _fewer_blocks(facts: Facts, budget: Budget, target: str, numbers: Numbers, share: float) -> Plan:
+    """A few blocks more each time, as long as the budget bears it; channels by `share`."""
+    few = max(1, facts.blocks // 8)
+    for count in range(few, min(facts.blocks, (BLOCK_CANDIDATES + 1) * few), few):
+        trial = yield facts.candidate(target, numbers, share, dropped=count)
+        if not trial.drop_fits(budget):
             return
-
-
-def _fewer_blocks(
-    facts: Facts, budget: Budget, target: str, numbers: Numbers
-) -> Generator[Recipe, Trial, tuple[int, int]]:
-    """How many blocks the budget can do without, and how many candidates it took to know."""
-    low, high, spent = 0, facts.blocks, 0
-    while high - low > 1 and spent < BLOCK_CANDIDATES:
-        count, spent = (low + high) // 2, spent + 1
-        trial = yield Recipe(facts.steps(*numbers, shape=facts.pruned(0.0, target, count)), target)
-        low, high = (count, high) if trial.drop_fits(budget) else (low, count)
-    return low, spent
 
 
 def _cost(first: Trial, second: Trial, budget: Budget) -> float:

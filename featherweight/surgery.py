@@ -23,7 +23,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from featherweight.encodings import Affine, DynamicQuantizer, Encoding, InputQuantizer, Masked
 from featherweight.errors import ExportError, LayerError, RecipeError
-from featherweight.workload import Batch, call, like, tensors
+from featherweight.workload import Batch, call, like, outputs, tensors
 
 QUANTIZER = "input_quantizer"
 # What torch says of recurrent layers when they are traced: they gather their own parameters anew, which is harmless.
@@ -369,6 +369,24 @@ def watch_inputs(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def returned_by(model: nn.Module, batch: Batch) -> list[tuple[Tensor, nn.Module | None]]:
+    """The outputs for `batch`, each with the innermost module that returned it as it is; None where none did."""
+    returned: list[tuple[Tensor, nn.Module]] = []
+
+    def look(module: nn.Module, _: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            returned.append((output, module))
+
+    handles = [module.register_forward_hook(look) for module in model.modules() if module is not model]
+    try:
+        with torch.no_grad():
+            found = outputs(call(model, batch))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [(y, next((module for value, module in returned if value is y), None)) for y in found]
 
 
 # ------------------------------------------------------------------------------------------------ tracing

@@ -36,10 +36,11 @@ from tqdm import tqdm
 from featherweight.errors import LayerError, WorkloadError
 from featherweight.passes import Pass
 from featherweight.settings import Choice, Range
-from featherweight.surgery import done, layer_of, matches, thawed
+from featherweight.surgery import done, layer_of, matches, returned_by, thawed
 from featherweight.workload import Batch, Workload, call, count_batches, outputs, raw, tensors
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+SQUASHING = (nn.Tanh, nn.Sigmoid, nn.Softmax, nn.ReLU, nn.GELU, nn.SiLU)
 WARM_UP = 0.1  # share of the steps
 SMALLEST = 1e-3  # root mean square below which a tensor's rate does not fall, so that zeros can move
 WHOLE_BATCH = 16  # examples below which batch statistics are too rough to normalise by
@@ -69,9 +70,20 @@ def relative_error(student: Float[Tensor, "*shape"], teacher: Float[Tensor, "*sh
     return (student - teacher).square().mean() / spread.clamp(min=torch.finfo(teacher.dtype).tiny * 256)
 
 
-def looks_like_logits(output: Tensor) -> bool:
-    """Whether `output` has the shape of (n, classes) or (n, positions, classes)."""
-    return output.dim() in (2, 3) and output.shape[-1] > 1
+def looks_like_logits(output: Tensor, source: nn.Module | None = None) -> bool:
+    """Whether `output` is like logits (n, classes) or (n, positions, classes), by its shape, values and source.
+
+    What a normalisation or a squashing function returned is none, and neither are probabilities and unit vectors.
+
+    >>> looks_like_logits(torch.tensor([[0.6, 0.8], [1.0, 0.0]])), looks_like_logits(torch.tensor([[2.0, -1.0]]))
+    (False, True)
+    """
+    if output.dim() not in (2, 3) or output.shape[-1] == 1:
+        return False
+    if isinstance(source, SQUASHING) or "norm" in type(source).__name__.lower():
+        return False
+    rows = output.detach().float()
+    return not any((size - 1).abs().max() < 1e-3 for size in (rows.norm(dim=-1), rows.abs().sum(-1)))
 
 
 def rate(step: int, steps: int) -> float:
@@ -106,7 +118,8 @@ class DistillSoft(Pass):
         temperature: softens both distributions, so that unlikely classes count too.
         loss: "kl" for logits of classes in the last dimension, "mse" for other outputs (regressions, embeddings,
             independent yes-or-no logits); "auto" takes "kl" for floating outputs (n, classes) and
-            (n, positions, classes) with more than one class.
+            (n, positions, classes) with more than one class, unless a norm or a squashing function returned them, or
+            they are probabilities or unit vectors.
     """
 
     epochs: Annotated[float, Range(0.01, 1000.0)] = 1.0
@@ -119,29 +132,29 @@ class DistillSoft(Pass):
         data = workload.calibration if workload.train is None else workload.train
         steps = max(1, math.ceil(self.epochs * count_batches(data)))
         steps = min(steps, self.steps) if self.steps else steps
+        kinds = self._kinds(workload)
         with thawed(model):
             parameters = trainable(model, self.where)
             with _training(model, list(parameters.values())):
-                losses = self._train(
-                    model, workload, islice(_batches(data, workload.example), steps), parameters, steps
-                )
+                batches = islice(_batches(data, workload.example), steps)
+                losses = self._train(model, workload, batches, parameters, steps, kinds)
         span = max(1, len(losses) // 10)
         first, last = sum(losses[:span]) / span, sum(losses[-span:]) / span
-        said = f"distilled {len(losses)} steps ({self._loss_names(workload)}), loss {first:.3g} → {last:.3g}"
+        named = " and ".join(dict.fromkeys(kind for kind in kinds if kind))
+        said = f"distilled {len(losses)} steps ({named}), loss {first:.3g} → {last:.3g}"
         for layer in dict.fromkeys(layer_of(name) for name in parameters):
             done(layer, said)
         return model
 
-    def _loss_names(self, workload: Workload) -> str:
-        """The names of the losses that the outputs get."""
-        with torch.no_grad():
-            found = outputs(call(workload.model, workload.example))
-        return " and ".join(dict.fromkeys(self._kind(output) for output in found if output.is_floating_point()))
+    def _kinds(self, workload: Workload) -> list[str]:
+        """By output: the name of its loss, empty for whole numbers."""
+        found = returned_by(workload.model, workload.calibration[0])
+        return [self._kind(output, source) if output.is_floating_point() else "" for output, source in found]
 
-    def _kind(self, output: Tensor) -> str:
+    def _kind(self, output: Tensor, source: nn.Module | None) -> str:
         if self.loss != "auto":
             return self.loss
-        return "kl" if looks_like_logits(output) else "mse"
+        return "kl" if looks_like_logits(output, source) else "mse"
 
     def _train(
         self,
@@ -150,6 +163,7 @@ class DistillSoft(Pass):
         batches: Iterable[Batch],
         parameters: Mapping[str, nn.Parameter],
         steps: int,
+        kinds: Sequence[str],
     ) -> list[float]:
         """The loss of every step."""
         optimizer = torch.optim.AdamW(relative_rates(parameters.values(), self.lr), weight_decay=0.0, fused=True)
@@ -161,7 +175,7 @@ class DistillSoft(Pass):
         for batch in bar:
             norms.expect(tensors(batch)[0].shape[0], last=len(losses) >= steps - max(AVERAGED, steps // 8))
             wanted = teacher(batch)
-            loss = self._loss(outputs(call(student, batch)), wanted)
+            loss = self._loss(outputs(call(student, batch)), wanted, kinds)
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
                 raise WorkloadError(self._diverged(len(losses), wanted))
@@ -173,9 +187,9 @@ class DistillSoft(Pass):
         norms.restore()
         return losses
 
-    def _loss(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    def _loss(self, student: Sequence[Tensor], teacher: Sequence[Tensor], kinds: Sequence[str]) -> Tensor:
         """The mean over the floating outputs."""
-        terms = [self._term(s, t) for s, t in zip(student, teacher, strict=True) if t.is_floating_point()]
+        terms = [self._term(s, t, kind) for s, t, kind in zip(student, teacher, kinds, strict=True) if kind]
         if not terms:
             raise WorkloadError(
                 f"distill_soft has nothing to compare: the model's {len(teacher)} outputs are whole numbers. "
@@ -183,14 +197,14 @@ class DistillSoft(Pass):
             )
         return torch.stack(terms).mean()
 
-    def _term(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def _term(self, student: Tensor, teacher: Tensor, kind: str) -> Tensor:
         if student.shape != teacher.shape:
             raise LayerError(
                 f"distill_soft compares outputs, but the compressed model returns {tuple(student.shape)} where the "
                 f"original returns {tuple(teacher.shape)}: an earlier step changed the shape. Exclude the last layer "
                 "from that step with where."
             )
-        if self._kind(teacher) == "kl":
+        if kind == "kl":
             return soft_loss(student, teacher, self.temperature)
         return relative_error(student, teacher)
 

@@ -89,7 +89,7 @@ def removable(model: nn.Module, workload: Workload, where: str = "*") -> list[Bl
 
 def _objections(model: nn.Module, workload: Workload, where: str) -> dict[Block, str]:
     """By block that `where` chooses, what the network does without it that it may not do; empty where nothing."""
-    batch = _sample(workload.calibration)
+    batch = _sample(workload.calibration, examples=2)  # it either runs or it does not
     wanted = _floats(model, batch)
     found = {}
     for block in blocks(model):
@@ -142,7 +142,7 @@ def _floats(model: nn.Module, batch: Batch) -> list[Tensor]:
     return found
 
 
-def _sample(batches: Sequence[Batch]) -> Batch:
-    """One batch of the first EXAMPLES examples."""
-    parts = [torch.cat(values)[:EXAMPLES] for values in zip(*map(tensors, batches), strict=True)]
+def _sample(batches: Sequence[Batch], examples: int = EXAMPLES) -> Batch:
+    """One batch of the first `examples`."""
+    parts = [torch.cat(values)[:examples] for values in zip(*map(tensors, batches), strict=True)]
     return like(batches[0], parts)

@@ -302,6 +302,11 @@ class Several(nn.Module):
         )
 
 
+class Unit(nn.Module):
+    def forward(self, x):
+        return nn.functional.normalize(x, dim=-1)
+
+
 @pytest.mark.parametrize("loss", ["auto", "mse"])
 def test_every_floating_output_is_learnt(loss):
     batches = [(torch.randn(32, 4),) for _ in range(4)]
@@ -323,6 +328,23 @@ def test_it_says_which_loss_it_took(settings, said):
     workload = workload_of(Several(), [(torch.randn(32, 4),)])
     with recording() as coverage:
         DistillSoft(steps=1, **settings).apply(copy.deepcopy(workload.model), workload)
+    assert all(what.startswith(f"distilled 1 steps ({said}), loss ") for _, what in coverage.done)
+
+
+@pytest.mark.parametrize(
+    ("last", "said"),
+    [
+        (nn.Identity(), "kl"),
+        (nn.LayerNorm(3), "mse"),
+        (nn.Sequential(nn.Linear(3, 3), nn.Tanh()), "mse"),
+        (nn.Softmax(-1), "mse"),
+        (Unit(), "mse"),
+    ],
+)
+def test_hidden_states_and_embeddings_are_no_logits(last, said):
+    workload = workload_of(nn.Sequential(nn.Linear(4, 3), last), [(torch.randn(32, 5, 4),)])
+    with recording() as coverage:
+        DistillSoft(steps=1).apply(copy.deepcopy(workload.model), workload)
     assert all(what.startswith(f"distilled 1 steps ({said}), loss ") for _, what in coverage.done)
 
 

@@ -133,7 +133,7 @@ def test_why_no_block_can_go_is_said() -> None:
     refusal = r"'blocks\.0' the network raises ValueError: 2 blocks are too few; .*Leave this step out"
     with pytest.raises(LayerError, match=refusal):
         compress_model(Recipe((DropLayers(),), "torch"), made(Picky(3)))
-    with pytest.raises(LayerError, match=r"returns shapes \[\(64, 7\)\] instead of \[\(64, 8\)\]"):
+    with pytest.raises(LayerError, match=r"returns shapes \[\(2, 7\)\] instead of \[\(2, 8\)\]"):
         compress_model(Recipe((DropLayers(),), "torch"), made(Picky(0, narrower=True)))
 
 
