@@ -112,13 +112,12 @@ class Facts:
         fold = ("fold_batchnorm",) if self.folds else ()
         return (*shape, *(step if isinstance(step, Pass) else _step(step) for step in (*fold, *names)))
 
-    def distil(self, share: float = 0.0, times: int = 1) -> Pass:
+    def distil(self, share: float = 0.0) -> Pass:
         """The distillation of a candidate that lost `share`: a smaller network takes more steps in the same time.
 
-        Of four parts of the arithmetic of a step one is the teacher's, and three are the candidate's. Where a recipe
-        distils several `times`, they share the time.
+        Of four parts of the arithmetic of a step one is the teacher's, and three are the candidate's.
         """
-        epochs = float(f"{self.epochs / times * 4 / (1 + 3 * (1 - share)):.2g}")
+        epochs = float(f"{self.epochs * 4 / (1 + 3 * (1 - share)):.2g}")
         return _step("distill_soft", epochs=epochs, lr=NORMED_LR if self.folds else PLAIN_LR)
 
     def candidate(self, target: str, numbers: Numbers, share: float, dropped: int = 0) -> Recipe:
@@ -127,7 +126,7 @@ class Facts:
         shape = [_step("drop_layers", share=round(lost, 4))] if dropped else []
         if share:
             shape.append(_step("prune_channels", share=share, multiple=self.multiples.get(target, 8)))
-        shape.append(self.distil(1 - (1 - lost) * (1 - share), times=1 + _trains(numbers)))
+        shape.append(self.distil(1 - (1 - lost) * (1 - share)))
         return Recipe(self.steps(*numbers, shape=shape), target)
 
 
@@ -195,16 +194,12 @@ def _numbers(facts: Facts, budget: Budget, target: str, plain: Trial) -> Generat
     return min(tried, key=lambda item: (not item[0].drop_fits(budget), _cost(item[0], item[0], budget)))[1]
 
 
-def _trains(numbers: Numbers) -> bool:
-    return any(step.name() == "distill_soft" for step in numbers)
-
-
 def _rungs(facts: Facts, budget: Budget) -> Iterator[Numbers]:
     """Ways to turn the whole network to numbers, most promising first."""
     if budget.objective == "bytes":
         yield (_step("quantize_weights", bits=4, block=64),)
     yield (_step("quantize_static"),)
-    yield (_step("quantize_static"), facts.distil(times=2))  # half the time: little is lost, and candidates train twice
+    yield (_step("quantize_static"), facts.distil())
     if facts.linear:
         yield (_step("quantize_dynamic"),)
     yield (_step("quantize_weights"),)

@@ -135,9 +135,6 @@ def test_int8_that_loses_too_much_is_trained():
     trials = played(FACTS, Budget(0.01), World(static_drop=0.05))
     assert words(trials)[2] == f"fold_batchnorm + quantize_static + distill_soft on {TARGET}"
     assert words(trials)[3].endswith(f"quantize_static + distill_soft on {TARGET}") and shares(trials)[0] == 0.4
-    # the two trainings of a candidate share the time
-    epochs = [step.settings()["epochs"] for step in trials[3].recipe.steps if step.name() == "distill_soft"]
-    assert epochs == [pytest.approx(FACTS.epochs / 2 * 4 / 2.8, rel=0.05), FACTS.epochs / 2]
 
 
 def test_where_training_does_not_help_milder_numbers_are_tried():
