@@ -79,7 +79,7 @@ CANDIDATES = 4  # of the bisection: shares are found to LARGEST_SHARE / 2**4
 BLOCK_CANDIDATES = 2  # at most, for whole blocks, where there are such: channels then get one less
 HOPELESS = 2.0  # times the cost of the best target, uncompressed: int8 is not tried there
 TRAINING_FLOP = 9e12  # of one candidate's distillation: under a minute on two cores
-FEWEST_STEPS, MOST_STEPS = 250, 1000  # of one candidate's distillation
+FEWEST_STEPS, MOST_STEPS = 250, 500  # of one candidate's distillation
 NORMED_LR, PLAIN_LR = 0.005, 0.003  # with batch norms, which make rescaled weights harmless, and without
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
