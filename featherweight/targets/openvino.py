@@ -31,7 +31,7 @@ class OpenVINO(Target):
 
     requires = ("openvino", "onnx", "onnxscript")
     extra = "openvino"
-    width_multiple = 64  # with AMX, whose tiles are 64 bytes wide; 16 would do without it, and be no better
+    width_multiple = 64  # tiles of AMX are 64 bytes wide; not compared on processors without it
     tolerance = 0.03  # linear layers with 8- or 4-bit weights round their inputs too, in groups of 32
 
     def export(self, model: nn.Module, workload: Workload, folder: Path) -> None:
