@@ -167,7 +167,8 @@ def plan(facts: Facts, budget: Budget) -> Plan:
 
 def expected(facts: Facts, done: int) -> int:
     """How many trials there will be, about."""
-    return max(done + 1, 2 * len(facts.targets) + CANDIDATES)
+    candidates = CANDIDATES + (BLOCK_CANDIDATES - 1 if facts.blocks > 1 else 0)
+    return max(done + 1, 2 * len(facts.targets) + candidates)
 
 
 def share_to_try(tried: Sequence[tuple[float, bool]], most: int = CANDIDATES) -> float | None:
