@@ -120,12 +120,37 @@ def _simplify(graph_model: onnx_ir.Model) -> None:
     """Constants folded (dequantized weights are not), identical nodes and initializers merged, the unused removed."""
     import onnx_ir.passes.common as common
     from onnxscript import optimizer
+    from onnxscript.rewriter import RewritePass
+    from onnxscript.rewriter.rules.common import fuse_pad_into_conv_rule
 
     with _quiet():
         optimizer.optimize(graph_model)
+        RewritePass([_rounding_before_padding()])(graph_model)
+        RewritePass([fuse_pad_into_conv_rule])(graph_model)
         common.DeduplicateInitializersPass(size_limit=1 << 40)(graph_model)
         common.CommonSubexpressionEliminationPass()(graph_model)
         common.RemoveUnusedNodesPass()(graph_model)
+
+
+def _rounding_before_padding() -> Any:
+    """The rule that rounds before zeros are added, not after: zero is on every grid, and a convolution can add them."""
+    from onnxscript.rewriter import MatchResult, pattern
+
+    free = {"_allow_other_attributes": True}
+
+    def after(op, x, pads, zero, scale, zero_point):  # type: ignore[no-untyped-def]
+        padded = op.Pad(x, pads, zero, mode="constant", **free)
+        return op.DequantizeLinear(op.QuantizeLinear(padded, scale, zero_point, **free), scale, zero_point, **free)
+
+    def before(op, x, pads, zero, scale, zero_point):  # type: ignore[no-untyped-def]
+        rounded = op.DequantizeLinear(op.QuantizeLinear(x, scale, zero_point), scale, zero_point)
+        return op.Pad(rounded, pads, zero, mode="constant")
+
+    def zeros(context, zero, **_):  # type: ignore[no-untyped-def]
+        found = MatchResult()
+        return found if zero.const_value is not None and zero.const_value.numpy() == 0 else found.fail("not zeros")
+
+    return pattern.RewriteRule(after, before, zeros)
 
 
 def _forget_origin(graph_model: onnx_ir.Model) -> None:

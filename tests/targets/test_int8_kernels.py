@@ -180,6 +180,30 @@ def test_onnxruntime_adds_residuals_in_int8(workload, tmp_path):
     assert "QLinearAdd" in kinds and "Add" not in kinds
 
 
+def test_openvino_rounds_nothing_by_itself_but_the_input(workload, tmp_path):
+    pytest.importorskip("openvino")
+    model, _ = in_8_bits(workload.model, workload.calibration)
+    runtime = targets.find("openvino")
+    runtime.export(model, workload, tmp_path)
+    kinds = [kernel.kind for kernel in runtime.profile(tmp_path, [workload.example[0].numpy()], threads=1)]
+    assert kinds.count("FakeQuantize") == 1 and "Add" not in kinds
+
+
+@pytest.mark.parametrize("edges", [(0, 1, 0, 1), (2, 0, 1, 3), (-1, 1, 0, 1)])
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+def test_zeros_round_a_picture_are_added_by_the_convolution(target, edges, tmp_path):
+    pytest.importorskip(target)
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ZeroPad2d(edges), nn.Conv2d(8, 8, 3, stride=2)]
+    x = torch.randn(2, 3, 12, 12)
+    model, workload = in_8_bits(nn.Sequential(*layers).eval(), [(x,)])
+    runtime = targets.find(target)
+    runtime.export(model, workload, tmp_path)
+    kinds = {kernel.kind for kernel in runtime.profile(tmp_path, [x.numpy()], threads=1)}
+    assert ("Pad" in kinds) == (min(edges) < 0)
+    assert off(runtime, tmp_path, model, x) < 0.01
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("target", targets.installed())
 def test_linear_layers_on_rows_run_in_int8(target, bias, tmp_path):
