@@ -6,8 +6,10 @@ With --best, what `featherweight compress` left in out/WORKLOAD/best runs along.
 
 Every contender gets the same fp32 network (batch norms folded, as each of them would), the same calibration batches
 and the same runtime settings (fp32 for floats, latency hint, fixed shapes). Latencies are of batch 1, taken in turn
-in this process; the ratio is to eager fp32. NNCF and ONNX Runtime get the ONNX or OpenVINO form of the network, as
-their users have it. torchao quantizes linear layers only, so convolutions stay fp32 there.
+in this process; the ratio is to eager fp32, with its 95 % interval. Scores are on the search split, with the bounds
+of the paired drop, and on the test split. Seconds run from the torch module to the quantized files: NNCF and ONNX
+Runtime read an fp32 export of the network, whose seconds stand in brackets and are part of theirs. torchao quantizes
+linear layers only, so convolutions stay fp32 there.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +30,11 @@ import torch
 
 from featherweight import targets
 from featherweight.artifact import build, open_artifact
+from featherweight.measure import drop_bounds
 from featherweight.passes import build as make
-from featherweight.recipe import Recipe
+from featherweight.recipe import Recipe, compress_model
 from featherweight.targets import Runner
+from featherweight.timing import SETTLE_SECONDS, latency, ratio, turn
 from featherweight.workload import Workload, input_names, load, outputs, predictor, scores, tensors
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -46,20 +50,27 @@ class Contender:
     run: Runner
     bytes: int
     seconds: float
+    export_seconds: float = 0.0  # of them, those that went into the fp32 file that it reads
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; `ratio` is eager fp32 over this one, the median over rounds."""
+    """One line of the table; `ratio` is eager fp32 over this one, the median over rounds and its interval."""
 
     workload: str
     contender: str
     score: float
     drop: float
+    drop_low: float | None
+    drop_upper: float
+    test_score: float
     bytes: int
     latency_ms: float
     ratio: float
+    ratio_low: float
+    ratio_high: float
     seconds: float
+    export_seconds: float
 
 
 def size_of(folder: Path) -> int:
@@ -72,18 +83,33 @@ def eager(model: torch.nn.Module) -> Runner:
     return lambda arrays: [o.numpy() for o in outputs(predict(*[torch.from_numpy(a) for a in arrays]))]
 
 
+def recipe(target: str, steps: tuple[str, ...]) -> Recipe:
+    return Recipe(steps=tuple(make(name, {}, name) for name in steps), target=target)
+
+
 def ours(workload: Workload, target: str, threads: int, folder: Path, steps: tuple[str, ...]) -> Contender:
-    recipe = Recipe(steps=tuple(make(name, {}, name) for name in steps), target=target)
     start = time.perf_counter()
-    artifact = build(recipe, workload, folder)
+    artifact = build(recipe(target, steps), workload, folder)
     seconds = time.perf_counter() - start
     return Contender(f"featherweight {target}", artifact.load(threads), artifact.bytes, seconds)
 
 
-def nncf(workload: Workload, fp32: Path, threads: int, folder: Path, transformer: bool) -> Contender:
+def export(workload: Workload, target: str, folder: Path, fold: tuple[str, ...]) -> float:
+    """Writes the fp32 network as a peer reads it, batch norms folded; the seconds that the export alone took."""
+    folded, _ = compress_model(recipe(target, fold), workload)
+    folder.mkdir(parents=True)
+    start = time.perf_counter()
+    targets.find(target).export(folded, workload, folder)
+    return time.perf_counter() - start
+
+
+def nncf(workload: Workload, threads: int, folder: Path, fold: tuple[str, ...], transformer: bool) -> Contender:
     import nncf as library
     import openvino
 
+    fp32 = folder / "fp32"
+    exported = export(workload, "openvino", fp32, fold)
+    folder = folder / "int8"
     network = openvino.Core().read_model(fp32 / "model.xml")
     names = [port.get_any_name() for port in network.inputs]
     data = [
@@ -101,11 +127,13 @@ def nncf(workload: Workload, fp32: Path, threads: int, folder: Path, transformer
     )
     folder.mkdir()
     openvino.save_model(quantized, folder / "model.xml", compress_to_fp16=False)
-    seconds = time.perf_counter() - start
-    return Contender("NNCF openvino", targets.find("openvino").load(folder, threads), size_of(folder), seconds)
+    seconds = exported + time.perf_counter() - start
+    return Contender(
+        "NNCF openvino", targets.find("openvino").load(folder, threads), size_of(folder), seconds, exported
+    )
 
 
-def onnxruntime(workload: Workload, fp32: Path, threads: int, folder: Path) -> Contender:
+def onnxruntime(workload: Workload, threads: int, folder: Path, fold: tuple[str, ...]) -> Contender:
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -119,6 +147,9 @@ def onnxruntime(workload: Workload, fp32: Path, threads: int, folder: Path) -> C
             batch = next(self.batches, None)
             return batch and dict(zip(names, [t.numpy() for t in tensors(batch)], strict=True))
 
+    fp32 = folder / "fp32"
+    exported = export(workload, "onnxruntime", fp32, fold)
+    folder = folder / "int8"
     folder.mkdir()
     start = time.perf_counter()
     quant_pre_process(str(fp32 / "model.onnx"), str(folder / "prepared.onnx"))
@@ -132,9 +163,9 @@ def onnxruntime(workload: Workload, fp32: Path, threads: int, folder: Path) -> C
         per_channel=True,
     )
     (folder / "prepared.onnx").unlink()
-    seconds = time.perf_counter() - start
+    seconds = exported + time.perf_counter() - start
     run = targets.find("onnxruntime").load(folder, threads)
-    return Contender("ONNX Runtime quantize_static", run, size_of(folder), seconds)
+    return Contender("ONNX Runtime quantize_static", run, size_of(folder), seconds, exported)
 
 
 def torchao(workload: Workload, folder: Path) -> Contender:
@@ -162,32 +193,33 @@ def contenders(name: str, workload: Workload, threads: int, folder: Path) -> lis
         except Exception as error:  # a peer that cannot do a network is a result, not a crash of the comparison
             print(f"{name}: {what} failed: {type(error).__name__}: {str(error)[:300]}", file=sys.stderr, flush=True)
 
-    fp32 = {t: folder / f"fp32_{t}" for t in ("openvino", "onnxruntime")}
-    for target, place in fp32.items():
-        attempt(f"fp32 {target}", lambda t=target, p=place: ours(workload, t, threads, p, fold))
-    found = [Contender(f"fp32 {t}", c.run, c.bytes, c.seconds) for t, c in zip(fp32, found, strict=True)]
+    for target in ("openvino", "onnxruntime"):
+        attempt(f"fp32 {target}", lambda t=target: ours(workload, t, threads, folder / f"fp32_{t}", fold))
+    found = [replace(contender, name=contender.name.replace("featherweight", "fp32")) for contender in found]
     steps = (*fold, "quantize_static")
     for target in ("openvino", "onnxruntime", "torch"):
         attempt(f"ours {target}", lambda t=target: ours(workload, t, threads, folder / f"ours_{t}", steps))
-    attempt("NNCF", lambda: nncf(workload, fp32["openvino"], threads, folder / "nncf", name in TRANSFORMERS))
-    attempt("ONNX Runtime", lambda: onnxruntime(workload, fp32["onnxruntime"], threads, folder / "ort"))
+    attempt("NNCF", lambda: nncf(workload, threads, folder / "nncf", fold, name in TRANSFORMERS))
+    attempt("ONNX Runtime", lambda: onnxruntime(workload, threads, folder / "ort", fold))
     attempt("torchao", lambda: torchao(workload, folder / "torchao"))
     return found
 
 
-def timed(runners: dict[str, Runner], inputs: list[np.ndarray], rounds: int) -> dict[str, list[float]]:
-    """Median latency in ms of each runner in each round, the runners taken in turn."""
-    medians: dict[str, list[float]] = {name: [] for name in runners}
-    for _ in range(rounds):
-        for name, run in runners.items():
+def timed(runners: list[Runner], inputs: list[np.ndarray], rounds: int) -> list[list[list[float]]]:
+    """Latencies in ms of each runner in each round, the runners taken in turn, in another order each time."""
+    found: list[list[list[float]]] = [[] for _ in runners]
+    for number in range(rounds):
+        for place in turn(len(runners), number):
+            run = runners[place]
+            time.sleep(SETTLE_SECONDS)
             run(inputs)
-            samples = []
+            samples: list[float] = []
             while len(samples) < 3 or (sum(samples) < 150 and len(samples) < 50):
                 start = time.perf_counter()
                 run(inputs)
                 samples.append((time.perf_counter() - start) * 1e3)
-            medians[name].append(statistics.median(samples))
-    return medians
+            found[place].append(samples)
+    return found
 
 
 def searched(folder: Path, threads: int) -> list[Contender]:
@@ -206,16 +238,18 @@ def compare(name: str, threads: int, rounds: int, best: Path | None) -> list[Row
         field = contenders(name, workload, threads, Path(scratch))
         original = Contender("eager fp32", eager(workload.model), 0, 0.0)
         field = [original, *field, *(searched(best / name / "best", threads) if best else [])]
-        medians = timed({c.name: c.run for c in field}, inputs, rounds)
-        before = scores(workload.score, predictor(workload.model)).mean().item()
+        times = timed([c.run for c in field], inputs, rounds)
+        before = scores(workload.score, predictor(workload.model)).tolist()
         rows = []
-        for c in field:
-            after = before if c is original else scores(workload.score, _predict(c.run)).mean().item()
-            ratios = [a / b for a, b in zip(medians[original.name], medians[c.name], strict=True)]
-            latency = statistics.median(medians[c.name])
-            rows.append(
-                Row(name, c.name, after, before - after, c.bytes, latency, statistics.median(ratios), c.seconds)
-            )
+        for c, taken in zip(field, times, strict=True):
+            predict = predictor(workload.model) if c is original else _predict(c.run)
+            after = scores(workload.score, predict).tolist()
+            test = scores(workload.test_score, predict).mean().item() if workload.test_score else float("nan")
+            mean, drop = statistics.fmean(after), statistics.fmean(before) - statistics.fmean(after)
+            speed = ratio(times[0], taken)
+            quality = (mean, drop, *drop_bounds(before, after), test)
+            pace = (latency(taken), speed.median, speed.low, speed.high, c.seconds, c.export_seconds)
+            rows.append(Row(name, c.name, *quality, c.bytes, *pace))
             print(line(rows[-1]), flush=True)
     return rows
 
@@ -229,9 +263,11 @@ def _predict(run: Runner) -> Callable[..., torch.Tensor | tuple[torch.Tensor, ..
 
 
 def line(row: Row) -> str:
+    low = "" if row.drop_low is None else f"{row.drop_low:+.4f} to "
     return (
-        f"{row.workload:13}{row.contender:40}{row.score:8.4f}{row.drop:9.4f}{row.bytes / 1e6:9.2f} MB"
-        f"{row.latency_ms:10.3f} ms{row.ratio:8.2f}x{row.seconds:8.1f} s"
+        f"{row.workload:13}{row.contender:40}{row.score:.4f} (drop {low}{row.drop_upper:+.4f}), "
+        f"test {row.test_score:.4f}{row.bytes / 1e6:9.2f} MB{row.latency_ms:10.3f} ms{row.ratio:8.2f}x "
+        f"({row.ratio_low:.2f} to {row.ratio_high:.2f}){row.seconds:8.1f} s ({row.export_seconds:.1f} s)"
     )
 
 

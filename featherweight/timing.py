@@ -43,6 +43,7 @@ THREAD_VARIABLES = (
     "VECLIB_MAXIMUM_THREADS",
 )
 PINNED = {"OMP_DYNAMIC": "FALSE", "MKL_DYNAMIC": "FALSE", "OPENVINO_TELEMETRY_OPT_OUT": "1", "PYTHONHASHSEED": "0"}
+SETTLE_SECONDS = 0.05  # between subjects: threads spin on after a run, those of ONNX Runtime for 26 ms
 FEWEST_ROUNDS = 5  # are always run, whatever the time limit says: fewer give no interval
 MOST_RUNS = 2000  # a round, of one network
 RESAMPLES = 4000
@@ -174,6 +175,7 @@ def interleave(
             if number >= FEWEST_ROUNDS and time.monotonic() - begin > limit_seconds:
                 break
             for index in turn(len(names), number):
+                time.sleep(SETTLE_SECONDS)
                 latencies, share = runners[index].run(counts[index])
                 samples[names[index]].append(latencies)
                 waited[names[index]].extend([] if share is None else [share])
