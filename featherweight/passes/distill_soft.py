@@ -25,7 +25,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -168,23 +168,22 @@ class DistillSoft(Pass):
         """The loss of every step."""
         optimizer = torch.optim.AdamW(relative_rates(parameters.values(), self.lr), weight_decay=0.0, fused=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps))
-        norms = _Norms(student, {layer_of(name) for name in parameters})
         teacher = teacher_of(workload.model)
         losses: list[float] = []
         bar = tqdm(batches, "distil", total=steps, unit="step", leave=False, disable=not sys.stderr.isatty())
-        for batch in bar:
-            norms.expect(tensors(batch)[0].shape[0], last=len(losses) >= steps - max(AVERAGED, steps // 8))
-            wanted = teacher(batch)
-            loss = self._loss(outputs(call(student, batch)), wanted, kinds)
-            losses.append(loss.item())
-            if not math.isfinite(losses[-1]):
-                raise WorkloadError(self._diverged(len(losses), wanted))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            bar.set_postfix(loss=f"{losses[-1]:.3g}", refresh=False)
-        norms.restore()
+        with _Norms(student, {layer_of(name) for name in parameters}) as norms:
+            for batch in bar:
+                norms.expect(tensors(batch)[0].shape[0], last=len(losses) >= steps - max(AVERAGED, steps // 8))
+                wanted = teacher(batch)
+                loss = self._loss(outputs(call(student, batch)), wanted, kinds)
+                losses.append(loss.item())
+                if not math.isfinite(losses[-1]):
+                    raise WorkloadError(self._diverged(len(losses), wanted))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                bar.set_postfix(loss=f"{losses[-1]:.3g}", refresh=False)
         return losses
 
     def _loss(self, student: Sequence[Tensor], teacher: Sequence[Tensor], kinds: Sequence[str]) -> Tensor:
@@ -339,7 +338,10 @@ class _Norms:
                 norm.momentum = None  # torch's word for the mean of all batches since
         self._averaging = self._averaging or begins
 
-    def restore(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Leaves the momentum as it was."""
         for norm, momentum in self._momenta.items():
             norm.momentum = momentum
