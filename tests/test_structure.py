@@ -21,7 +21,18 @@ ROOT = Path(featherweight.__file__).parent
 # Low to high. A module imports from its own layer or below; what lies in a folder is in its folder's layer.
 LAYERS = (
     {"errors", "settings"},
-    {"workload", "encodings", "surgery", "coupling", "channel_rules", "int8", "onnx_graph", "onnx_pairs"},
+    {
+        "workload",
+        "encodings",
+        "surgery",
+        "coupling",
+        "channel_rules",
+        "int8",
+        "onnx_graph",
+        "onnx_pairs",
+        "teacher",
+        "training",
+    },
     {"passes", "targets"},
     {"artifact", "recipe", "timing"},
     {"measure", "codec", "parallel"},

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from featherweight.encodings import Affine, affine_scale
 from featherweight.errors import LayerError, WorkloadError
-from featherweight.passes import distill_soft
-from featherweight.passes.distill_soft import DistillSoft, rate, relative_rates, soft_loss, teacher_of
+from featherweight.passes.distill_soft import DistillSoft, soft_loss
 from featherweight.passes.quantize_weights import QuantizeWeights
 from featherweight.surgery import encode, encoding_of, recording
 from featherweight.testing import Depthwise, networks, run, state
@@ -58,20 +57,6 @@ def test_the_squared_temperature_keeps_gradients_of_one_size():
 def test_positions_are_averaged_like_examples():
     s, t = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
     assert torch.isclose(soft_loss(s, t, 2.0), soft_loss(s.flatten(0, 1), t.flatten(0, 1), 2.0))
-
-
-def test_the_rate_warms_up_and_ends_near_zero():
-    rates = [rate(step, 100) for step in range(100)]
-    assert max(rates) == 1.0
-    assert rates.index(1.0) == 9
-    assert rates[-1] < 0.01
-    assert rate(0, 1) == 1.0
-
-
-def test_rates_follow_the_size_of_the_weights():
-    small, large = nn.Parameter(torch.full((4,), 0.1)), nn.Parameter(torch.full((4,), 10.0))
-    rates = [group["lr"] for group in relative_rates([small, large, nn.Parameter(torch.zeros(4))], 0.01)]
-    assert rates == pytest.approx([0.001, 0.1, 0.01 * 1e-3])
 
 
 # ------------------------------------------------------------------------------------------------ what it is for
@@ -200,27 +185,6 @@ def steps_of(workload: Workload, **settings) -> int:
     with recording() as coverage:
         DistillSoft(**settings).apply(copy.deepcopy(workload.model), workload)
     return int(coverage.done[0][1].split()[1])
-
-
-def test_the_teacher_is_asked_once_about_a_batch_and_anew_after_it_changed(monkeypatch):
-    asked = []
-    model = nn.Linear(4, 2)
-    model.register_forward_hook(lambda *_: asked.append(1))
-    batches: list[Batch] = [(torch.randn(3, 4),), {"input": torch.randn(3, 4)}]
-    for batch in batches * 2:
-        assert torch.equal(teacher_of(model)(batch)[0], model(tensors(batch)[0]))
-    assert len(asked) == 2 + 4  # the teacher, and the comparison
-    with torch.no_grad():
-        model.bias.add_(1.0)
-    assert torch.equal(teacher_of(model)(batches[0])[0], model(batches[0][0]))
-    assert len(asked) == 8
-
-    monkeypatch.setattr(distill_soft, "MEMORY", 3 * 2 * 4)  # room for one answer
-    other = nn.Linear(4, 2)
-    other.register_forward_hook(lambda *_: asked.append(1))
-    for batch in batches * 2:
-        teacher_of(other)(batch)
-    assert len(asked) == 8 + 3
 
 
 def test_epochs_and_steps_bound_the_work():

@@ -1,0 +1,276 @@
+"""The training loop that passes share: which tensors are trained, at what rates, on which batches.
+
+What earlier passes left trainable is trained: dense weights, the surviving weights of pruned layers, and quantized
+weights straight through their rounding, which makes this quantization-aware training. Batch norms take their
+statistics anew, for those of a network that lost channels are wrong, as the mean over the last batches; dropout stays
+off. A step moves each tensor by about `lr` times the root mean square of its weights (AdamW with a rate for each
+tensor), so that one `lr` suits convolutional networks and transformers. It warms up over the first tenth and ends on
+a cosine. What is to be learnt, that is the loss, is a pass's affair.
+
+Source: optimiser: Loshchilov and Hutter 2019, arXiv:1711.05101; rates relative to the weights: Shazeer and Stern 2018,
+arXiv:1804.04235, section 8.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from featherweight.errors import LayerError, WorkloadError
+from featherweight.surgery import layer_of, matches, thawed
+from featherweight.workload import Batch, Workload, call, count_batches, like, tensors
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+WARM_UP = 0.1  # share of the steps
+SMALLEST = 1e-3  # root mean square below which a tensor's rate does not fall, so that zeros can move
+WHOLE_BATCH = 16  # examples below which batch statistics are too rough to normalise by
+AVERAGED = 10  # batches at least, and an eighth of all, whose statistics the batch norms keep
+
+
+def train(
+    model: nn.Module,
+    workload: Workload,
+    loss: Callable[[Batch], Tensor],
+    *,
+    step: str,
+    where: str,
+    epochs: float,
+    steps: int,
+    lr: float,
+) -> tuple[list[float], list[str]]:
+    """Trains `model` in place; the loss of every step, and the names of the layers that were trained.
+
+    Data is `workload.train`: batches, or (batch, target) pairs whose targets are ignored; without it, the calibration
+    batches. A list or tuple of two is a pair where its first item is a batch: a tuple, list or dict.
+
+    Args:
+        loss: of one batch, as a function of the model's parameters.
+        step: the name of the pass, for messages.
+        where: which layers.
+        epochs: how often the data is seen.
+        steps: of the optimiser, at most, in all epochs together; 0 for no bound.
+        lr: how far a step moves a tensor, relative to the size of its values.
+
+    Raises:
+        LayerError: `where` chooses nothing that can be trained.
+        WorkloadError: the data cannot be used, or the loss became NaN or infinite.
+    """
+    data = workload.calibration if workload.train is None else workload.train
+    count = max(1, math.ceil(epochs * count_batches(data)))
+    count = min(count, steps) if steps else count
+    with thawed(model):
+        parameters = trainable(model, where)
+        layers = list(dict.fromkeys(layer_of(name) for name in parameters))
+        with _training(model, list(parameters.values())), _keeping_memory():
+            batches = _laid_out(islice(_batches(data, workload.example, step), count), model)
+            losses = _steps(model, batches, loss, parameters, count, lr, step)
+    return losses, layers
+
+
+def _steps(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    loss: Callable[[Batch], Tensor],
+    parameters: Mapping[str, nn.Parameter],
+    steps: int,
+    lr: float,
+    step: str,
+) -> list[float]:
+    optimizer = torch.optim.AdamW(relative_rates(parameters.values(), lr), weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda number: rate(number, steps))
+    losses: list[float] = []
+    bar = tqdm(batches, "distil", total=steps, unit="step", leave=False, disable=not sys.stderr.isatty())
+    with _Norms(model, {layer_of(name) for name in parameters}) as norms:
+        for batch in bar:
+            norms.expect(tensors(batch)[0].shape[0], last=len(losses) >= steps - max(AVERAGED, steps // 8))
+            value = loss(batch)
+            losses.append(value.item())
+            if not math.isfinite(losses[-1]):
+                raise WorkloadError(
+                    f"{step}: the loss became NaN or infinite in step {len(losses)} with lr={lr:g}. Lower lr, to "
+                    f"{lr / 10:g} say; if that does not help, an earlier step broke the model: try without it."
+                )
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+            schedule.step()
+            bar.set_postfix(loss=f"{losses[-1]:.3g}", refresh=False)
+    return losses
+
+
+def rate(step: int, steps: int) -> float:
+    """The share of the full rate at `step` of `steps`: up over the first tenth, then down a cosine to zero.
+
+    >>> [round(rate(step, 10), 2) for step in (0, 1, 5, 9)]
+    [1.0, 0.98, 0.5, 0.02]
+    """
+    warm = max(1.0, WARM_UP * steps)
+    if step + 1 < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step + 1 - warm) / (steps + 1 - warm)))
+
+
+def relative_rates(parameters: Iterable[nn.Parameter], lr: float) -> list[dict[str, Any]]:
+    """One group for each tensor: its rate is `lr` times the root mean square of its values."""
+    sizes = [(p, max(float(p.detach().square().mean().sqrt()), SMALLEST)) for p in parameters]
+    return [{"params": [p], "lr": lr * size} for p, size in sizes]
+
+
+def trainable(model: nn.Module, where: str) -> dict[str, nn.Parameter]:
+    """The parameters that require gradients in the layers that `where` chooses.
+
+    Raises:
+        LayerError: there are none.
+    """
+    all_ = dict(model.named_parameters())
+    found = {name: p for name, p in all_.items() if p.requires_grad and matches(layer_of(name), where)}
+    if not found:
+        layers = list(dict.fromkeys(layer_of(name) for name, p in all_.items() if p.requires_grad))
+        raise LayerError(
+            f"where={where!r} matches none of the {len(layers)} layers of {type(model).__name__} that can be trained. "
+            + (f"They are: {', '.join(layers[:20])}." if layers else "Set requires_grad on the model's parameters.")
+        )
+    return found
+
+
+@contextlib.contextmanager
+def _training(model: nn.Module, chosen: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Inside the block gradients reach the chosen parameters alone; afterwards all is as it was found."""
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    wanted = {id(p) for p in chosen}
+    model.eval()
+    for p, _ in flags:
+        p.requires_grad_(id(p) in wanted)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for p, flag in flags:
+            p.requires_grad_(flag)
+            p.grad = None
+        for module, mode in modes:
+            module.training = mode
+
+
+class _Norms:
+    """The batch norms with running statistics among `layers`, and those without parameters of their own.
+
+    They keep the mean of the statistics of the last batches, when weights hardly move any more: a moving average
+    would rest on ten batches or so. Source: Wu and Johnson 2021, arXiv:2105.07576, section 3.
+    """
+
+    def __init__(self, model: nn.Module, layers: set[str]) -> None:
+        self._momenta = {
+            module: module.momentum
+            for name, module in model.named_modules()
+            if isinstance(module, NORMS) and module.track_running_stats and (name in layers or module.weight is None)
+        }
+        self._averaging = False
+
+    def expect(self, examples: int, last: bool) -> None:
+        """A batch of so many examples comes; `last` where it is among those whose statistics are kept."""
+        whole = examples >= WHOLE_BATCH
+        begins = whole and last and not self._averaging
+        for norm in self._momenta:
+            norm.train(whole)
+            if begins:
+                norm.reset_running_stats()
+                norm.momentum = None  # torch's word for the mean of all batches since
+        self._averaging = self._averaging or begins
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leaves the momentum as it was."""
+        for norm, momentum in self._momenta.items():
+            norm.momentum = momentum
+
+
+@contextlib.contextmanager
+def _keeping_memory() -> Iterator[None]:
+    """Inside the block, freed memory stays the process's: fresh pages for each tensor cost up to a fifth of a step.
+
+    glibc alone can do so (`mallopt`); what it keeps is given back at the end of the block.
+    """
+    most_mapped, trim_above = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD
+    glibc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if glibc is None or not hasattr(glibc, "gnu_get_libc_version"):
+        yield
+        return
+    glibc.mallopt(most_mapped, 0)
+    glibc.mallopt(trim_above, 2**31 - 1)
+    try:
+        yield
+    finally:
+        glibc.mallopt(most_mapped, 65536)
+        glibc.mallopt(trim_above, 2**17)
+        glibc.malloc_trim(0)
+
+
+def _laid_out(batches: Iterator[Batch], model: nn.Module) -> Iterator[Batch]:
+    """Pictures with their channels last where the network has depthwise convolutions, which then run twice as fast.
+
+    The layout of the first input is handed on from layer to layer. Networks whose code asks for the usual one (`view`
+    does) keep it.
+    """
+    depthwise = any(isinstance(m, nn.Conv2d) and m.groups == m.in_channels > 1 for m in model.modules())
+    for number, batch in enumerate(batches):
+        turned = like(batch, [_channels_last(value) for value in tensors(batch)]) if depthwise else batch
+        if number == 0 and depthwise and not _runs(model, turned):
+            depthwise, turned = False, batch
+        yield turned
+
+
+def _channels_last(value: Tensor) -> Tensor:
+    return value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value
+
+
+def _runs(model: nn.Module, batch: Batch) -> bool:
+    with torch.no_grad():
+        try:
+            call(model, batch)
+        except RuntimeError:
+            return False
+    return True
+
+
+def _batches(data: Iterable[Any], example: Batch, step: str) -> Iterator[Batch]:
+    """The batches of `data`, without their targets, over and over."""
+    while True:
+        count = 0
+        for count, item in enumerate(data, 1):  # noqa: B007
+            yield _checked(_without_target(item), example, step)
+        if not count:
+            raise WorkloadError(
+                f"{step} found no batches in train: it is empty, or can be iterated only once, as a generator "
+                "is. Give a list, or an object whose __iter__ begins anew."
+            )
+
+
+def _without_target(item: Any) -> Any:
+    pair = isinstance(item, (tuple, list)) and len(item) == 2 and isinstance(item[0], (tuple, list, Mapping))
+    return item[0] if pair else item
+
+
+def _checked(batch: Any, example: Batch, step: str) -> Batch:
+    if isinstance(batch, list):
+        batch = tuple(batch)
+    same = isinstance(batch, Mapping) == isinstance(example, Mapping) and isinstance(batch, (tuple, Mapping))
+    if not same or len(batch) != len(example):
+        raise WorkloadError(
+            f"{step}: train yields a {type(batch).__name__}, which is no batch like example, a "
+            f"{type(example).__name__} of {len(example)} tensors. Yield such batches, or pairs (batch, target): "
+            "for one input and a label that is ((x,), y)."
+        )
+    return batch
