@@ -242,7 +242,7 @@ def compare(name: str, threads: int, rounds: int, best: Path | None) -> list[Row
         before = scores(workload.score, predictor(workload.model)).tolist()
         rows = []
         for c, taken in zip(field, times, strict=True):
-            predict = predictor(workload.model) if c is original else _predict(c.run)
+            predict = predictor(workload.model) if c is original else as_predict(c.run)
             after = scores(workload.score, predict).tolist()
             test = scores(workload.test_score, predict).mean().item() if workload.test_score else float("nan")
             mean, drop = statistics.fmean(after), statistics.fmean(before) - statistics.fmean(after)
@@ -254,7 +254,7 @@ def compare(name: str, threads: int, rounds: int, best: Path | None) -> list[Row
     return rows
 
 
-def _predict(run: Runner) -> Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]:
+def as_predict(run: Runner) -> Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]:
     def predict(*args: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         found = tuple(torch.from_numpy(array) for array in run([a.numpy() for a in args]))
         return found[0] if len(found) == 1 else found

@@ -25,6 +25,7 @@ import shutil
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -299,6 +300,22 @@ def _batch_size(item: Any) -> int:
     return int(item.shape[0]) if isinstance(item, Tensor) and item.dim() else 1
 
 
+def seconds_of(recipe: Recipe, trials: Sequence[Trial]) -> float:
+    """How long a trial will take, from how long each of its stages took at most before; unknown ones count nothing."""
+
+    def once(trial: Trial, stage: str) -> float:
+        return trial.seconds.get(stage, 0.0) / max(1, _stages(trial.recipe)[stage])
+
+    return sum(
+        times * max((once(trial, stage) for trial in trials), default=0.0) for stage, times in _stages(recipe).items()
+    )
+
+
+def _stages(recipe: Recipe) -> Counter[str]:
+    """The stages of a trial, and how often each comes: a recipe may hold a pass twice."""
+    return Counter([*(step.name() for step in recipe.steps), "export", "measure"])
+
+
 def fingerprint(workload: Workload) -> str:
     """16 hexadecimal digits that stand for the workload's file, the network's parameters and what it reads."""
     digest = hashlib.sha256()
@@ -553,7 +570,7 @@ class _Search:
         self.watch("")
         while (recipe := next_recipe(facts, self.budget, self.trials)) is not None:
             self.progress.count(len(self.trials), expected(facts, len(self.trials)))
-            if time.monotonic() + self._seconds(recipe) + self._seconds_of_final() > deadline:
+            if time.monotonic() + seconds_of(recipe, self.trials) + self._seconds_of_final() > deadline:
                 self.late = True
                 self.progress.line("the time limit leaves no room for another trial")
                 return
@@ -621,13 +638,6 @@ class _Search:
             test=not quick,
             quick=quick,
             seed=self.settings.seed,
-        )
-
-    def _seconds(self, recipe: Recipe) -> float:
-        """How long a trial will take, from how long its stages took before; unknown ones count nothing."""
-        stages = [*(step.name() for step in recipe.steps), "export", "measure"]
-        return sum(
-            max((t.seconds.get(stage, 0.0) for t in self.trials), default=0.0) for stage in dict.fromkeys(stages)
         )
 
     def _seconds_of_final(self) -> float:

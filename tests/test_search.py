@@ -83,6 +83,19 @@ def played(facts: Facts, budget: Budget, world) -> list[Trial]:
     return trials
 
 
+def test_a_trial_is_expected_to_take_as_long_as_its_stages_did_each_time_they_come():
+    def recipe(steps: str) -> Recipe:
+        return Recipe.from_yaml(f"{{steps: {steps}, target: {TARGET}}}")
+
+    once = Trial(recipe("[quantize_static, distill_soft]"), None, "", {"quantize_static": 2.0, "distill_soft": 100.0})
+    twice = recipe("[prune_channels, distill_soft, quantize_static, distill_soft]")
+    assert search.seconds_of(twice, []) == 0
+    assert search.seconds_of(twice, [once]) == 202.0
+    then = Trial(twice, None, "", {"prune_channels": 5.0, "distill_soft": 240.0, "export": 7.0, "measure": 1.0})
+    assert search.seconds_of(twice, [once, then]) == 5 + 2 * 120 + 2 + 7 + 1
+    assert search.seconds_of(once.recipe, [once, then]) == 120 + 2 + 7 + 1
+
+
 def words(trials: list[Trial]) -> list[str]:
     return [f"{in_words(trial.recipe)} on {trial.recipe.target}" for trial in trials]
 
