@@ -33,6 +33,7 @@ from featherweight.workload import Workload, call, outputs
 
 LONGEST_TEXT = 1 << 20  # characters of YAML
 FLOAT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+")  # 1e-3 is a number here, though not in YAML 1.1
+RATIO = re.compile(r"\d+:\d+$")  # 2:4 is text here, though a number to base 60 in YAML 1.1
 EXAMPLE = "{steps: [quantize_static], target: openvino}"
 
 
@@ -199,7 +200,7 @@ def _check_outputs(after: tuple[Tensor, ...], before: tuple[Tensor, ...], label:
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain data only; no key twice, no anchors (which can make a short text huge), and 1e-3 is a number."""
+    """Plain data only; no key twice, no anchors (which can make a short text huge), and 1e-3 is a number, 2:4 text."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent) or getattr(self.peek_event(), "anchor", None):
@@ -228,6 +229,8 @@ class _Dumper(yaml.SafeDumper):
 
 for _side in (_Loader, _Dumper):
     _side.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789."))
+    for _digit in "0123456789":  # first of all: of several that match, the first counts
+        _side.yaml_implicit_resolvers[_digit].insert(0, ("tag:yaml.org,2002:str", RATIO))
 
 
 def _parsed(text: str, where: str) -> Any:

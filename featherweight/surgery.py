@@ -23,9 +23,11 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from featherweight.encodings import Affine, DynamicQuantizer, Encoding, InputQuantizer, Masked
 from featherweight.errors import ExportError, LayerError, RecipeError
+from featherweight.masks import misfit
 from featherweight.workload import Batch, call, like, outputs, tensors
 
 QUANTIZER = "input_quantizer"
+NEVER_CALLED = "is not called on the calibration data, so that nothing is known of its inputs"
 # What torch says of recurrent layers when they are traced: they gather their own parameters anew, which is harmless.
 GATHERED = r"The tensor attributes? (self[\w.]*\._flat_weights\[\d+\](, | ))+(was|were) assigned during export"
 
@@ -260,6 +262,53 @@ def refuse_quantized(layers: Mapping[str, nn.Module], step: str) -> None:
                 f"{step} would quantize {name!r}, which an earlier step stored as {encoding.describe()}. "
                 f"Leave one of the two steps out, or keep them apart with where, such as where: '!{name}'."
             )
+
+
+def prunable(
+    model: nn.Module, layers: Mapping[str, nn.Module], pattern: str, step: str
+) -> list[tuple[dict[str, nn.Module], Tensor]]:
+    """The weights of `layers`, each with the layers that share it, as far as zeros can lie in them in `pattern`.
+
+    Layers of other weights are left, and said to be.
+
+    Raises:
+        RecipeError: an earlier step stored one of the weights in a form that knows no mask.
+    """
+    found = []
+    for group in groups_by_weight(model, layers):
+        name, layer = next(iter(group.items()))
+        encoding = encoding_of(layer)
+        if encoding is not None and not isinstance(encoding, Masked):
+            raise RecipeError(
+                f"{step} would zero weights of {name!r}, which an earlier step stored as {encoding.describe()}. "
+                f"Put {step} before that step."
+            )
+        weight = dense_of(layer)
+        if why := misfit(weight.shape, pattern):
+            for name in group:
+                left(name, why)
+        else:
+            found.append((group, weight))
+    return found
+
+
+def keep_only(group: Mapping[str, nn.Module], dense: Tensor, kept: Tensor, pattern: str, spared: str) -> None:
+    """From now on the weight of all layers of `group` is `dense` where `kept`, else zero, also through training.
+
+    Args:
+        group: layers that share one weight.
+        dense: of the weight's shape.
+        kept: bool, of the same shape.
+        pattern: in which the zeros lie, for the words of `done`.
+        spared: why the layers are left where everything is kept.
+    """
+    encoding, everything = Masked(dense, kept), bool(kept.all())
+    for name, layer in group.items():
+        if everything:
+            left(name, spared)
+            continue
+        encode(layer, encoding)
+        done(name, encoding.describe() + ("" if pattern == "free" else f" ({pattern})"))
 
 
 def _quantize_first_input(layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:

@@ -79,6 +79,12 @@ def test_reads_the_documented_form() -> None:
     assert recipe.target == "openvino"
 
 
+def test_two_numbers_with_a_colon_are_text() -> None:
+    recipe = Recipe.from_yaml("{steps: [prune_magnitude: {pattern: 2:4}], target: torch}")
+    assert recipe.steps == (PruneMagnitude(pattern="2:4"),)
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+
+
 def test_canonical_text_holds_what_differs_from_the_defaults_in_declared_order() -> None:
     assert Recipe.from_yaml(GOOD).to_yaml() == (
         "steps:\n"

@@ -28,6 +28,7 @@ LAYERS = (
         "coupling",
         "channel_rules",
         "int8",
+        "masks",
         "onnx_graph",
         "onnx_pairs",
         "teacher",

@@ -4,53 +4,26 @@
 
 The zeros alone make no dense file smaller and no runtime here faster: they are worth something where they are
 entropy-coded or stored sparsely, and as a start for other techniques. Embeddings are left alone, whose small rows are
-rare words rather than unimportant ones.
+rare words rather than unimportant ones. A block is as large as its Frobenius norm.
 
-Source: Han, Pool, Tran, Dally 2015, arXiv:1506.02626, section 3.
+Source: Han, Pool, Tran, Dally 2015, arXiv:1506.02626, section 3; 2:4: Mishra et al. 2021, arXiv:2104.08378, section 3.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-import torch
-from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import nn
 
-from featherweight.encodings import Masked
-from featherweight.errors import RecipeError
+from featherweight.errors import SettingError
+from featherweight.masks import NOTHING_GOES, Pattern, check_share, choose, largest_of_all
 from featherweight.passes import Pass
 from featherweight.settings import Choice, Range
-from featherweight.surgery import dense_of, done, encode, encoding_of, groups_by_weight, leave_others, left, select
+from featherweight.surgery import keep_only, leave_others, prunable, select
 from featherweight.workload import Workload
 
 KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-
-
-def largest(weight: Float[Tensor, "*shape"], share: float) -> Bool[Tensor, "*shape"]:
-    """True for all weights but the `share` of smallest magnitude, rounded down to whole weights.
-
-    >>> largest(torch.tensor([[0.1, -3.0], [2.0, -0.2]]), share=0.5)
-    tensor([[False,  True],
-            [ True, False]])
-    """
-    kept = torch.ones(weight.numel(), dtype=torch.bool)
-    doomed = weight.abs().flatten().topk(int(share * weight.numel()), largest=False, sorted=False).indices
-    kept[doomed] = False
-    return kept.view(weight.shape)
-
-
-def largest_of_all(weights: Sequence[Tensor], share: float) -> list[Tensor]:
-    """`largest` with all weights in one competition; one mask for each tensor.
-
-    >>> [kept.tolist() for kept in largest_of_all([torch.tensor([1.0, 2.0]), torch.tensor([9.0, 8.0])], share=0.5)]
-    [[False, False], [True, True]]
-    """
-    kept = largest(torch.cat([weight.flatten() for weight in weights]), share)
-    parts = kept.split([weight.numel() for weight in weights])
-    return [part.view(weight.shape) for part, weight in zip(parts, weights, strict=True)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,39 +31,36 @@ class PruneMagnitude(Pass):
     """Zeroes a share of the weights of convolutions and linear layers, the smallest first.
 
     Args:
-        share: of the weights that become zero. Weights that are zero already count.
+        share: of the weights that become zero. Weights that are zero already count. With pattern "blocks" of the whole
+            blocks of each layer, rounded down; with "2:4" and "4:8" it is 0.5, and another one is refused.
         scope: whether each layer gives its share ("layer"), or all layers compete and give what they can
-            spare ("global").
+            spare ("global", with pattern "free" only).
+        pattern: in which zeros lie: anywhere ("free"), 2 of every 4 or 4 of every 8 consecutive weights of a row, or
+            32 × 32 blocks of the weight as a matrix (out, in · kernel).
     """
 
     share: Annotated[float, Range(0.0, 0.99)] = 0.5
     scope: Annotated[str, Choice("layer", "global")] = "layer"
+    pattern: Pattern = "free"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_share(self.name(), self.pattern, self.share)
+        if self.scope == "global" and self.pattern != "free":
+            raise SettingError(
+                f"{self.name()}: scope='global' does not go with pattern={self.pattern!r}, which is laid into each "
+                "layer by itself. Set scope to 'layer' or pattern to 'free'."
+            )
 
     def apply(self, model: nn.Module, workload: Workload) -> nn.Module:
         layers = select(model, self.where, KINDS)
-        groups = groups_by_weight(model, layers)
-        weights = [_weight(*next(iter(group.items()))) for group in groups]
+        weights = prunable(model, layers, self.pattern, self.name())
+        sizes = [weight.abs() for _, weight in weights]
         if self.scope == "global":
-            masks = largest_of_all(weights, self.share)
+            masks, spared = largest_of_all(sizes, self.share), "its weights are all larger than those that go"
         else:
-            masks = [largest(weight, self.share) for weight in weights]
-        for group, weight, mask in zip(groups, weights, masks, strict=True):
-            encoding, spared = Masked(weight, mask), bool(mask.all())
-            for name, layer in group.items():
-                if spared:
-                    left(name, "its weights are all larger than those that go")
-                    continue
-                encode(layer, encoding)
-                done(name, encoding.describe())
+            masks, spared = [choose(size, self.pattern, self.share) for size in sizes], NOTHING_GOES
+        for (group, weight), kept in zip(weights, masks, strict=True):
+            keep_only(group, weight, kept, self.pattern, spared)
         leave_others(model, self.where, layers, self.name())
         return model
-
-
-def _weight(name: str, layer: nn.Module) -> Tensor:
-    encoding = encoding_of(layer)
-    if encoding is not None and not isinstance(encoding, Masked):
-        raise RecipeError(
-            f"prune_magnitude would zero weights of {name!r}, which an earlier step stored as {encoding.describe()}. "
-            "Put prune_magnitude before that step."
-        )
-    return dense_of(layer)
