@@ -177,8 +177,107 @@ def _stored(layer: nn.Module) -> nn.Module | Tensor:
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` where `name` stands."""
-    model.set_submodule(name, module)
+    """Put `module` where `name` stands, and wherever the same layer stands under another name."""
+    old = model.get_submodule(name)
+    for other in [key for key, found in model.named_modules(remove_duplicate=False) if found is old]:
+        model.set_submodule(other, module)
+
+
+def replaceable(
+    model: nn.Module, layers: Mapping[str, nn.Module], kinds: tuple[type[nn.Module], ...], example: Batch
+) -> dict[str, nn.Module]:
+    """Those of `layers` in whose place other modules can stand. The others are left, and said to be.
+
+    A network may do more with a layer than call it: read its weight, ask for its width, give its weight to another.
+    So it is tried out: on `example` the outputs must stay as they are with each layer inside an `nn.Sequential`,
+    which has neither weight nor width, and all of these must have been called.
+    """
+    found: dict[str, nn.Module] = {}
+    for group in groups_by_weight(model, layers):
+        for name, layer in group.items():
+            others = [other for other in group if other != name]
+            if why := _irreplaceable(name, layer, kinds, others):
+                left(name, why)
+            else:
+                found[name] = layer
+    reasons = _read_otherwise(model, found, example)
+    for name, why in reasons.items():
+        left(name, why)
+    return {name: layer for name, layer in found.items() if name not in reasons}
+
+
+def _irreplaceable(name: str, layer: nn.Module, kinds: tuple[type[nn.Module], ...], others: Sequence[str]) -> str:
+    """Why nothing can take the place of `layer`, whatever the network does with it; empty where nothing says so."""
+    norms = (WeightNorm, SpectralNorm)  # they only compute the weight
+    hooks = [hook for hook in layer._forward_pre_hooks.values() if not isinstance(hook, norms)]
+    if not name:
+        return "is the whole network: wrap it in a module whose forward calls it"
+    if kind_of(layer) not in kinds:
+        return f"is of kind {kind_of(layer).__name__}, which may do more than its weight says"
+    if others:
+        return f"shares its weight with {others[0]!r}, which could not use it any more"
+    if hooks or layer._forward_hooks:
+        return "has hooks, which would be lost with it"
+    return ""
+
+
+def _read_otherwise(model: nn.Module, layers: Mapping[str, nn.Module], example: Batch) -> dict[str, str]:
+    """By name of a layer with which the network does more than call it, or less: what it does."""
+    expected = _seeded_outputs(model, example)
+    stand_ins = {name: nn.Sequential(layer).eval() for name, layer in layers.items()}
+    placed: list[str] = []
+    reasons: dict[str, str] = {}
+
+    def place(names: Iterable[str]) -> None:
+        for name in names:
+            replace(model, name, stand_ins[name])
+            placed.append(name)
+
+    def take_back(names: Iterable[str]) -> None:
+        for name in list(names):
+            replace(model, name, layers[name])
+            placed.remove(name)
+
+    try:
+        place(stand_ins)
+        if _objection(model, example, expected):
+            take_back(placed)
+            for name in stand_ins:
+                place([name])
+                if why := _objection(model, example, expected):
+                    take_back([name])
+                    reasons[name] = why
+        called: set[str] = set()
+        watch_inputs(model, {name: stand_ins[name] for name in placed}, [example], lambda name, _: called.add(name))
+        reasons.update({name: "the network does not call it on the example" for name in placed if name not in called})
+    finally:
+        take_back(placed)
+    return reasons
+
+
+def _objection(model: nn.Module, example: Batch, expected: Sequence[Tensor]) -> str:
+    """What is wrong with the outputs on `example`, where something stands in for a layer; empty where nothing is."""
+    try:
+        found = _seeded_outputs(model, example)
+    except Exception as error:  # whatever the user's forward raises
+        first = (str(error).strip().splitlines() or [""])[0][:160]
+        return f"the network does more than call it: without it, it raises {type(error).__name__}: {first}"
+    same = len(found) == len(expected) and all(map(_alike, found, expected))
+    return "" if same else "the network does more than call it: without it, its outputs are others"
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape:
+        return False
+    largest = float(b.detach().abs().max()) if b.is_floating_point() and b.numel() else 0.0
+    return torch.allclose(a.double(), b.double(), rtol=0.0, atol=1e-4 * largest, equal_nan=True)
+
+
+def _seeded_outputs(model: nn.Module, example: Batch) -> tuple[Tensor, ...]:
+    """The outputs on `example`, with the same chance every time."""
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        return outputs(call(model, example))
 
 
 def encode(layer: nn.Module, encoding: Encoding, tensor: str = "weight") -> None:
@@ -309,6 +408,17 @@ def keep_only(group: Mapping[str, nn.Module], dense: Tensor, kept: Tensor, patte
             continue
         encode(layer, encoding)
         done(name, encoding.describe() + ("" if pattern == "free" else f" ({pattern})"))
+
+
+def refuse_encoded(layers: Mapping[str, nn.Module], step: str, does: str) -> None:
+    """Raises a RecipeError where the weights of one of `layers` are no longer stored as they were trained."""
+    for name, layer in layers.items():
+        if (encoding := encoding_of(layer)) is not None:
+            raise RecipeError(
+                f"{step} would {does} {name!r}, which an earlier step stored as {encoding.describe()}. Steps that "
+                f"change the shape, such as {step}, come before those that change how weights are stored, such as "
+                "prune_magnitude or quantize_static: swap them in the recipe."
+            )
 
 
 def _quantize_first_input(layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:

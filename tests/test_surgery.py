@@ -1,6 +1,7 @@
 """Surgery: finding layers, changing them, watching them, tracing them."""
 
 import copy
+import re
 import warnings
 
 import pytest
@@ -145,6 +146,119 @@ def test_replace_reaches_nested_layers():
     net = model()
     surgery.replace(net, "2.0", nn.Identity())
     assert isinstance(net[2][0], nn.Identity)
+
+
+def test_replace_reaches_every_name_of_a_layer():
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    net.append(net[0])
+    surgery.replace(net, "0", nn.Identity())
+    assert isinstance(net[0], nn.Identity) and net[2] is net[0] and isinstance(net[1], nn.ReLU)
+
+
+@pytest.mark.parametrize("stored", ["int8 per channel", "50% zeros"])
+def test_encoded_layers_cannot_change_their_shape(stored):
+    layer = nn.Linear(2, 4)
+    if stored.startswith("int8"):
+        encode8(layer)
+    else:
+        surgery.encode(layer, Masked(layer.weight, torch.tensor([True, False]).expand(4, 2)))
+    with pytest.raises(
+        RecipeError, match=rf"thin_out would cut 'fc', which an earlier step stored as {stored}\. .*swap"
+    ):
+        surgery.refuse_encoded({"ok": nn.Linear(2, 2), "fc": layer}, "thin_out", "cut")
+
+
+class Reads(nn.Module):
+    """Calls `a` and `b`; does something else with `b`, which `how` says."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        if how == "by another way":
+            self.hidden = [self.b]
+
+    def forward(self, x):
+        y = self.a(x)
+        if self.how == "its weight":
+            return self.b(y) @ self.b.weight
+        if self.how == "its width":
+            return self.b(y) / self.b.in_features
+        if self.how == "its kind":
+            return self.b(y) if isinstance(self.b, nn.Linear) else y
+        if self.how == "by another way":
+            return self.hidden[0](y)
+        if self.how == "not at all":
+            return y
+        return self.b(self.b(y)) + torch.rand(4)
+
+
+def replaceable(net, example=None):
+    example = (torch.randn(3, 4),) if example is None else example
+    before = [(name, module) for name, module in net.named_modules()]
+    with surgery.recording() as coverage:
+        found = surgery.replaceable(net, surgery.select(net, "*", (nn.Linear,)), (nn.Linear,), example)
+    assert before == [(name, module) for name, module in net.named_modules()]
+    assert not any(module._forward_pre_hooks for name, module in net.named_modules() if name in found)
+    return list(found), dict(coverage.left)
+
+
+def test_layers_that_are_only_called_can_be_replaced():
+    assert replaceable(Reads("only called").eval()) == (["a", "b"], {})
+
+
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        ("its weight", "the network does more than call it: without it, it raises AttributeError: .*'weight'"),
+        ("its width", "the network does more than call it: without it, it raises AttributeError: .*'in_features'"),
+        ("its kind", "the network does more than call it: without it, its outputs are others"),
+        ("by another way", "the network does not call it on the example"),
+        ("not at all", "the network does not call it on the example"),
+    ],
+)
+def test_layers_with_which_more_or_less_is_done_are_left(how, why):
+    found, left = replaceable(Reads(how).eval())
+    assert found == ["a"] and list(left) == ["b"]
+    assert re.fullmatch(why, left["b"])
+
+
+def test_torchs_own_transformer_reads_some_of_its_layers():
+    net = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), 1).eval()
+    found, left = replaceable(nn.Sequential(nn.Linear(4, 4), net).eval(), (torch.randn(3, 5, 4),))
+    assert found == ["0"]
+    assert set(left) == {f"1.layers.0.{name}" for name in ("self_attn.out_proj", "linear1", "linear2")}
+
+
+def test_layers_of_other_kinds_tied_hooked_or_alone_are_left():
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    net = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)), Doubled(4, 4)).eval()
+    net[1].weight = net[0].weight
+    net[2].register_forward_hook(lambda module, args, output: output + 1)
+    assert replaceable(net) == (
+        ["3"],
+        {
+            "0": "shares its weight with '1', which could not use it any more",
+            "1": "shares its weight with '0', which could not use it any more",
+            "2": "has hooks, which would be lost with it",
+            "4": "is of kind Doubled, which may do more than its weight says",
+        },
+    )
+    assert replaceable(nn.Linear(4, 4).eval())[1] == {
+        "": "is the whole network: wrap it in a module whose forward calls it"
+    }
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+@pytest.mark.parametrize("norm", [weight_norm, parametrizations.weight_norm])
+def test_weight_norms_stand_in_nobodys_way(norm):
+    net = nn.Sequential(norm(nn.Linear(4, 4)), nn.Linear(4, 4)).eval()
+    assert surgery.replaceable(
+        net, surgery.select(net, "*", (nn.Linear,)), (nn.Linear,), (torch.randn(3, 4),)
+    ).keys() == {"0", "1"}
 
 
 def test_encodings_are_found_by_the_name_of_their_tensor():
