@@ -14,7 +14,9 @@ import pytest
 import torch
 
 # Only modules that import the names in their signatures at the top: the others would not resolve.
-CHECKED = [f"featherweight.{name}" for name in ("encodings", "masks", "surgery", "coupling", "passes")]
+CHECKED = [
+    f"featherweight.{name}" for name in ("encodings", "masks", "surgery", "coupling", "low_rank", "losses", "passes")
+]
 
 # torch.library.custom_op reads annotations that are strings in the globals of the function it is given: here the
 # checker's wrapper, which lacks the names.

@@ -29,6 +29,7 @@ LAYERS = (
         "channel_rules",
         "int8",
         "masks",
+        "low_rank",
         "onnx_graph",
         "onnx_pairs",
         "teacher",

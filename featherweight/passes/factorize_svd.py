@@ -1,0 +1,316 @@
+"""Puts two thin layers in place of one: W ≈ B A with few rows in A, the best that a given rank allows.
+
+    W L = U Σ Vᵀ,   A = Σ_r^½ V_rᵀ L⁻¹,   B = U_r Σ_r^½,   L Lᵀ = E[x xᵀ] + λ
+
+with r the rank. With L = 1 the error of the weights is least; with the Cholesky factor of the second moment of the
+layer's input, damped by a hundredth λ of its mean, the error of the outputs on the calibration data is. Where inputs
+hang together, as they do, that is another matrix. A linear layer becomes two; a convolution one with its kernel, to r
+channels in each group, and one of size 1; an embedding a narrower one and a linear layer. All are ordinary layers, that
+later steps train, prune and quantize as any other.
+
+Inputs are those of the network as it was, not those that follow layers factorized already. Embeddings are never
+whitened: calibration data shows too few of their rows. Transposed convolutions are left.
+
+Source: Wang, Zheng, Wan, Zhang 2024, arXiv:2403.07378, section 3, for the whitening (Yuan et al. 2023,
+arXiv:2312.05821, scale single features instead); Zhang, Zou, He, Sun 2015, arXiv:1505.06798, section 2, for
+convolutions; Eckart and Young 1936, doi:10.1007/BF02288367, for what is best at a rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from featherweight.errors import WorkloadError
+from featherweight.low_rank import (
+    convolution,
+    embedding,
+    in_a_row,
+    linear,
+    pointwise,
+    rank_for_energy,
+    rounded_up,
+    step_of,
+    weights_in,
+)
+from featherweight.passes import Pass
+from featherweight.settings import Choice, Range
+from featherweight.surgery import (
+    done,
+    leave_others,
+    left,
+    refuse_encoded,
+    replace,
+    replaceable,
+    select,
+    watch_inputs,
+)
+from featherweight.workload import Batch, Workload
+
+KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Embedding)
+DAMPING = 0.01  # of the mean of the diagonal: for directions that calibration data never shows
+ROWS = 1 << 15  # of each layer's input that its second moment is taken over, from all batches
+MOMENTS = 1 << 26  # numbers in the second moments that are held at a time
+
+# ------------------------------------------------------------------------------------------------ mathematics
+
+
+def svd_factors(
+    weight: Float[Tensor, "*groups out in"], rank: int
+) -> tuple[Float[Tensor, "*groups out rank"], Float[Tensor, "*groups rank in"]]:
+    """B and A of the given rank, alike in size, whose product is nearest to `weight` in squared error.
+
+    >>> b, a = svd_factors(torch.tensor([[8.0, 0.0], [0.0, 0.5]]), rank=1)
+    >>> (b @ a).round()
+    tensor([[8., 0.],
+            [0., 0.]])
+    """
+    u, values, vt = torch.linalg.svd(weight, full_matrices=False)
+    roots = values[..., :rank].sqrt()
+    return u[..., :rank] * roots.unsqueeze(-2), vt[..., :rank, :] * roots.unsqueeze(-1)
+
+
+def whitened_factors(
+    weight: Float[Tensor, "*groups out in"], root: Float[Tensor, "*groups in in"], rank: int
+) -> tuple[Float[Tensor, "*groups out rank"], Float[Tensor, "*groups rank in"]]:
+    """B and A of the given rank whose product is nearest to `weight` in the squared error of the outputs.
+
+    Args:
+        weight: so that y = weight · x.
+        root: of the second moment of x, lower triangular.
+        rank: of the product.
+
+    >>> b, a = whitened_factors(torch.tensor([[8.0, 0.0], [0.0, 0.5]]), torch.diag(torch.tensor([0.1, 10.0])), rank=1)
+    >>> b @ a  # the large weight reads next to nothing
+    tensor([[0.0000, 0.0000],
+            [0.0000, 0.5000]])
+    """
+    b, a = svd_factors(weight @ root, rank)
+    return b, torch.linalg.solve_triangular(root, a, upper=False, left=False)
+
+
+def damped_root(moment: Float[Tensor, "groups in in"], damping: float) -> Float[Tensor, "groups in in"]:
+    """The Cholesky factor of `moment` over the mean of its diagonals, plus `damping` on them.
+
+    >>> damped_root(torch.diag(torch.tensor([2.0, 6.0]))[None], damping=0.0).square()
+    tensor([[[0.5000, 0.0000],
+             [0.0000, 1.5000]]])
+    """
+    level = moment.diagonal(dim1=-2, dim2=-1).mean()
+    scaled = moment / level if level > 0 else torch.zeros_like(moment)
+    ridge = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device) * (damping if level > 0 else 1.0)
+    return torch.linalg.cholesky(scaled + ridge)
+
+
+def rank_for_parameters(out: int, inputs: int, share: float) -> int:
+    """The largest rank at which both factors of an (out, inputs) matrix hold at most `share` of its weights.
+
+    And fewer than the matrix, whatever the share. 0 where there is no such rank.
+
+    >>> rank_for_parameters(64, 64, 0.5), rank_for_parameters(64, 64, 1.0), rank_for_parameters(1, 9, 1.0)
+    (16, 31, 0)
+    """
+    weights, each = out * inputs, out + inputs
+    return min(int(share * weights / each), (weights - 1) // each)
+
+
+def patches(
+    x: Float[Tensor, "n channels *places"],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Float[Tensor, "groups rows _"]:
+    """What each output position of a convolution reads of `x`, padded already: a row in the order of its weights.
+
+    >>> patches(torch.arange(5.0).view(1, 1, 5), kernel=(2,), stride=(1,), dilation=(2,), groups=1)
+    tensor([[[0., 2.],
+             [1., 3.],
+             [2., 4.]]])
+    """
+    windows = x
+    for axis, (size, step, spread) in enumerate(zip(kernel, stride, dilation, strict=True), start=2):
+        windows = windows.unfold(axis, spread * (size - 1) + 1, step)[..., ::spread]
+    # (n, channels, *positions, *kernel) to (groups, n, *positions, channels / groups, *kernel)
+    windows = windows.unflatten(1, (groups, -1)).movedim(1, 0).movedim(2, 2 + len(kernel))
+    return windows.reshape(groups, -1, x.shape[1] // groups * _product(kernel))
+
+
+def _product(sizes: Sequence[int]) -> int:
+    return torch.Size(sizes).numel()
+
+
+# ------------------------------------------------------------------------------------------------ the pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactorizeSvd(Pass):
+    """Puts two thin layers in place of each linear layer, convolution and embedding, where that saves weights.
+
+    Args:
+        rank_by: what `share` is a share of: the weights that the layer had ("parameters"), or the squared singular
+            values, of the whitened weights where they are ("energy").
+        share: that both factors hold at most, or that they keep at least. By energy, 1 finds layers that are of low
+            rank already.
+        whiten: whether the error of the outputs on calibration data is made small, else that of the weights.
+    """
+
+    rank_by: Annotated[str, Choice("parameters", "energy")] = "parameters"
+    share: Annotated[float, Range(0.01, 1.0)] = 0.5
+    whiten: bool = True
+
+    def apply(self, model: nn.Module, workload: Workload) -> nn.Module:
+        layers = select(model, self.where, KINDS)
+        refuse_encoded(layers, self.name(), "factorize")
+        leave_others(model, self.where, layers, self.name())
+        free = replaceable(model, layers, KINDS, workload.example)
+        chosen = {name: layer for name, layer in free.items() if _can_save(name, layer)}
+        pairs = {}
+        for part in _parts(chosen) if self.whiten else [chosen]:
+            moments = second_moments(model, part, workload.calibration) if self.whiten else {}
+            for name, layer in part.items():
+                if (pair := self._pair(name, layer, moments.pop(name, None))) is not None:
+                    pairs[name] = pair
+        for name, pair in pairs.items():
+            replace(model, name, pair)
+        return model
+
+    def _pair(self, name: str, layer: Any, moment: Tensor | None) -> nn.Sequential | None:
+        """What takes the place of `layer`; None, and said to be left, where that would save nothing."""
+        weight = matrices(layer).double()
+        root = None if moment is None else damped_root(moment.double(), DAMPING)
+        rank = self._rank(weight if root is None else weight @ root)
+        groups, out, inputs = weight.shape
+        if not 0 < rank <= rank_for_parameters(out, inputs, 1.0):
+            left(name, self._why_left(rank, out, inputs))
+            return None
+        b, a = svd_factors(weight, rank) if root is None else whitened_factors(weight, root, rank)
+        first, second = _layers(layer, b, a)
+        after = weights_in(first, second)
+        full = min(out, inputs)
+        each = f" in each of {groups} groups" if groups > 1 else ""
+        done(name, f"rank {rank} of {full}{each}, {layer.weight.numel():,} -> {after:,} weights")
+        return in_a_row(layer, first, second)
+
+    def _rank(self, weight: Float[Tensor, "groups out in"]) -> int:
+        groups, out, inputs = weight.shape
+        if self.rank_by == "parameters":
+            rank = rank_for_parameters(out, inputs, self.share)
+            return rank // step_of(groups) * step_of(groups) or rank
+        rank = rank_for_energy(torch.linalg.svdvals(weight), self.share)
+        return rounded_up(rank, step_of(groups), rank_for_parameters(out, inputs, 1.0))
+
+    def _why_left(self, rank: int, out: int, inputs: int) -> str:
+        if not rank:
+            return f"at every rank its factors hold more than {self.share:g} of its weights"
+        return (
+            f"{self.share:g} of its energy takes rank {rank} of {min(out, inputs)}, at which its factors hold no "
+            "fewer weights"
+        )
+
+
+def _can_save(name: str, layer: nn.Module) -> bool:
+    """Whether factors of some rank hold fewer weights than `layer`, which is else said to be left."""
+    _, out, inputs = matrices(layer).shape
+    if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
+        left(name, "it rescales its rows as they are read (max_norm)")
+    elif rank_for_parameters(out, inputs, 1.0) == 0:
+        left(name, "at every rank its factors hold no fewer weights than it does")
+    else:
+        return True
+    return False
+
+
+def matrices(layer: Any) -> Float[Tensor, "groups out in"]:
+    """The weight of `layer` as the matrices that it multiplies with; an embedding reads vectors with a single one."""
+    weight = layer.weight.detach()
+    if isinstance(layer, nn.Embedding):
+        return weight.T.unsqueeze(0)
+    groups = 1 if isinstance(layer, nn.Linear) else layer.groups
+    return weight.reshape(groups, weight.shape[0] // groups, -1)
+
+
+def _layers(layer: Any, b: Float[Tensor, "groups out rank"], a: Float[Tensor, "groups rank in"]) -> tuple[Any, Any]:
+    """The two layers that multiply with `a` and then `b`."""
+    if isinstance(layer, nn.Embedding):
+        return embedding(layer, a[0].T), linear(layer, b[0])
+    if isinstance(layer, nn.Linear):
+        return linear(layer, a[0]), linear(layer, b[0], layer.bias)
+    kernel = a.reshape(-1, *layer.weight.shape[1:])
+    return convolution(layer, kernel), pointwise(layer, b.flatten(0, 1), layer.bias)
+
+
+# ------------------------------------------------------------------------------------------------ statistics
+
+
+def _parts(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, nn.Module]]:
+    """`layers` in parts whose second moments fit into memory together."""
+    part: dict[str, nn.Module] = {}
+    held = 0
+    for name, layer in layers.items():
+        groups, _, inputs = matrices(layer).shape
+        size = 0 if isinstance(layer, nn.Embedding) else groups * inputs**2
+        if part and held + size > MOMENTS:
+            yield part
+            part, held = {}, 0
+        part[name] = layer
+        held += size
+    if part:
+        yield part
+
+
+def second_moments(
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Batch]
+) -> dict[str, Float[Tensor, "groups in in"]]:
+    """By layer Σ x xᵀ over what it reads on the calibration data, or over as much of that as is enough.
+
+    Raises:
+        WorkloadError: the network computes NaN or infinity from the data.
+    """
+    quota = max(1, ROWS // len(batches))
+    rng = torch.Generator().manual_seed(0)
+    found: dict[str, Tensor] = {}
+
+    def observe(name: str, x: Tensor) -> None:
+        parts = list(_read(layers[name], x))
+        for part in parts:
+            rows = _drawn(part, max(1, quota // len(parts)), rng)
+            moment = rows.mT @ rows
+            found[name] = found[name] + moment if name in found else moment
+
+    watched = {name: layer for name, layer in layers.items() if not isinstance(layer, nn.Embedding)}
+    watch_inputs(model, watched, batches, observe)
+    for name, moment in found.items():
+        if not bool(moment.isfinite().all()):
+            raise WorkloadError(
+                f"factorize_svd: on calibration data the input of {name!r} is NaN or infinite, so nothing can be "
+                "weighed by it. Look for such values in the data, or set whiten: false."
+            )
+    return found
+
+
+def _read(layer: Any, x: Tensor) -> Iterator[Float[Tensor, "groups rows in"]]:
+    """The rows that `layer` multiplies with, in parts small enough to be laid out."""
+    x = x.float()
+    if isinstance(layer, nn.Linear):
+        yield x.reshape(1, -1, x.shape[-1])
+        return
+    batch = x if x.dim() == layer.weight.dim() else x.unsqueeze(0)
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    for one in batch.split(1):
+        padded = F.pad(one, layer._reversed_padding_repeated_twice, mode=mode)
+        yield patches(padded, layer.kernel_size, layer.stride, layer.dilation, layer.groups)
+
+
+def _drawn(rows: Float[Tensor, "groups rows in"], count: int, rng: torch.Generator) -> Float[Tensor, "groups _ in"]:
+    """`count` of the rows at random, the same ones of each group; all where there are no more."""
+    if rows.shape[1] <= count:
+        return rows
+    # At random: even steps would meet the same columns of pixels again and again.
+    return rows[:, torch.randperm(rows.shape[1], generator=rng)[:count].to(rows.device)]
