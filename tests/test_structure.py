@@ -27,6 +27,7 @@ LAYERS = (
         "surgery",
         "coupling",
         "channel_rules",
+        "damage",
         "int8",
         "masks",
         "low_rank",

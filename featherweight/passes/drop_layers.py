@@ -17,35 +17,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
+from featherweight.damage import damage, first_examples, floating_outputs
 from featherweight.errors import LayerError
 from featherweight.passes import Pass
 from featherweight.settings import Range
 from featherweight.surgery import Block, blocks, done, left, matches, without
-from featherweight.workload import Batch, Workload, call, like, outputs, tensors
+from featherweight.workload import Batch, Workload
 
 EXAMPLES = 64  # on which damage is measured
-
-# ------------------------------------------------------------------------------------------------ mathematics
-
-
-def damage(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    """The squared error of `found` over what the means of `wanted` would give, averaged over outputs.
-
-    >>> damage([torch.tensor([2.0, 2.0])], [torch.tensor([1.0, 3.0])])
-    1.0
-    """
-    return sum(map(_relative, found, wanted)) / len(wanted)
-
-
-def _relative(found: Float[Tensor, "*shape"], wanted: Float[Tensor, "*shape"]) -> float:
-    a, b = found.double(), wanted.double()
-    spread = (b - b.mean()).square().mean().clamp(min=1e-30)
-    return float((a - b).square().mean() / spread)
-
 
 # ------------------------------------------------------------------------------------------------ the pass
 
@@ -89,8 +70,8 @@ def removable(model: nn.Module, workload: Workload, where: str = "*") -> list[Bl
 
 def _objections(model: nn.Module, workload: Workload, where: str) -> dict[Block, str]:
     """By block that `where` chooses, what the network does without it that it may not do; empty where nothing."""
-    batch = _sample(workload.calibration, examples=2)  # it either runs or it does not
-    wanted = _floats(model, batch)
+    batch = first_examples(workload.calibration, 2)  # it either runs or it does not
+    wanted = floating_outputs(model, batch, "drop_layers")
     found = {}
     for block in blocks(model):
         if matches(block.name, where):
@@ -104,8 +85,8 @@ def least_missed(model: nn.Module, among: Sequence[Block], count: int, workload:
 
     The others are then said to be left, and why.
     """
-    batch = _sample(workload.calibration)
-    wanted = _floats(model, batch)
+    batch = first_examples(workload.calibration, EXAMPLES)
+    wanted = floating_outputs(model, batch, "drop_layers")
     gone: list[Block] = []
     while len(gone) < count:
         tried = {b: _damage_without(model, [*gone, b], batch, wanted) for b in among if b not in gone}
@@ -122,7 +103,7 @@ def least_missed(model: nn.Module, among: Sequence[Block], count: int, workload:
 def _damage_without(model: nn.Module, gone: Sequence[Block], batch: Batch, wanted: Sequence[Tensor]) -> float | str:
     """The damage of removing the blocks, or what the network then does instead of returning the like."""
     try:
-        found = _floats(without(model, gone), batch)
+        found = floating_outputs(without(model, gone), batch, "drop_layers")
     except Exception as error:  # whatever the user's forward raises: without the block it does not run
         return f"raises {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     before, after = ([tuple(value.shape) for value in values] for values in (wanted, found))
@@ -130,19 +111,3 @@ def _damage_without(model: nn.Module, gone: Sequence[Block], batch: Batch, wante
         return f"returns shapes {after} instead of {before}"
     value = damage(found, wanted)
     return value if value == value else "returns what is no number (NaN)"
-
-
-def _floats(model: nn.Module, batch: Batch) -> list[Tensor]:
-    with torch.no_grad():
-        found = [value for value in outputs(call(model, batch)) if value.is_floating_point()]
-    if not found:
-        raise LayerError(
-            "drop_layers compares outputs, but the network returns whole numbers alone. Return logits from its forward."
-        )
-    return found
-
-
-def _sample(batches: Sequence[Batch], examples: int = EXAMPLES) -> Batch:
-    """One batch of the first `examples`."""
-    parts = [torch.cat(values)[:examples] for values in zip(*map(tensors, batches), strict=True)]
-    return like(batches[0], parts)

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from featherweight.damage import damage
 from featherweight.errors import LayerError
-from featherweight.passes.drop_layers import DropLayers, damage, least_missed
+from featherweight.passes.drop_layers import DropLayers, least_missed
 from featherweight.passes.prune_channels import PruneChannels
 from featherweight.recipe import Recipe, compress_model
 from featherweight.surgery import Block, blocks, without

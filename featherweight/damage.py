@@ -1,0 +1,47 @@
+"""What a change to a network does to its outputs, for passes that try changes out.
+
+What is changed, and which change is taken, is a pass's affair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from featherweight.errors import LayerError
+from featherweight.workload import Batch, call, like, outputs, tensors
+
+
+def damage(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """The squared error of `found` over what the means of `wanted` would give, averaged over outputs.
+
+    >>> damage([torch.tensor([2.0, 2.0])], [torch.tensor([1.0, 3.0])])
+    1.0
+    """
+    return sum(map(_relative, found, wanted)) / len(wanted)
+
+
+def _relative(found: Float[Tensor, "*shape"], wanted: Float[Tensor, "*shape"]) -> float:
+    a, b = found.double(), wanted.double()
+    spread = (b - b.mean()).square().mean().clamp(min=1e-30)
+    return float((a - b).square().mean() / spread)
+
+
+def floating_outputs(model: nn.Module, batch: Batch, step: str) -> list[Tensor]:
+    """The outputs for `batch` that `damage` can compare, on behalf of the pass called `step`."""
+    with torch.no_grad():
+        found = [value for value in outputs(call(model, batch)) if value.is_floating_point()]
+    if not found:
+        raise LayerError(
+            f"{step} compares outputs, but the network returns whole numbers alone. Return logits from its forward."
+        )
+    return found
+
+
+def first_examples(batches: Sequence[Batch], count: int) -> Batch:
+    """One batch of the first `count` examples."""
+    parts = [torch.cat(values)[:count] for values in zip(*map(tensors, batches), strict=True)]
+    return like(batches[0], parts)
