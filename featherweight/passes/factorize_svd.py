@@ -55,7 +55,7 @@ from featherweight.workload import Batch, Workload
 
 KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Embedding)
 DAMPING = 0.01  # of the mean of the diagonal: for directions that calibration data never shows
-ROWS = 1 << 15  # of each layer's input that its second moment is taken over, from all batches
+ROWS = 1 << 14  # of each layer's input that its second moment is taken over, from all batches
 MOMENTS = 1 << 26  # numbers in the second moments that are held at a time
 
 # ------------------------------------------------------------------------------------------------ mathematics
@@ -278,11 +278,11 @@ def second_moments(
     found: dict[str, Tensor] = {}
 
     def observe(name: str, x: Tensor) -> None:
-        parts = list(_read(layers[name], x))
-        for part in parts:
-            rows = _drawn(part, max(1, quota // len(parts)), rng)
-            moment = rows.mT @ rows
-            found[name] = found[name] + moment if name in found else moment
+        rows = _rows(layers[name], x.float(), quota, rng)
+        if name in found:
+            found[name].baddbmm_(rows.mT, rows)
+        else:
+            found[name] = rows.mT @ rows
 
     watched = {name: layer for name, layer in layers.items() if not isinstance(layer, nn.Embedding)}
     watch_inputs(model, watched, batches, observe)
@@ -295,17 +295,18 @@ def second_moments(
     return found
 
 
-def _read(layer: Any, x: Tensor) -> Iterator[Float[Tensor, "groups rows in"]]:
-    """The rows that `layer` multiplies with, in parts small enough to be laid out."""
-    x = x.float()
+def _rows(layer: Any, x: Tensor, count: int, rng: torch.Generator) -> Float[Tensor, "groups rows in"]:
+    """`count` of the rows that `layer` multiplies with, as many from each picture; all where there are no more."""
     if isinstance(layer, nn.Linear):
-        yield x.reshape(1, -1, x.shape[-1])
-        return
+        return _drawn(x.reshape(1, -1, x.shape[-1]), count, rng)
     batch = x if x.dim() == layer.weight.dim() else x.unsqueeze(0)
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    for one in batch.split(1):
+    drawn = []
+    for one in batch.split(1):  # one at a time: a batch with all its patches laid out may not fit into memory
         padded = F.pad(one, layer._reversed_padding_repeated_twice, mode=mode)
-        yield patches(padded, layer.kernel_size, layer.stride, layer.dilation, layer.groups)
+        rows = patches(padded, layer.kernel_size, layer.stride, layer.dilation, layer.groups)
+        drawn.append(_drawn(rows, max(1, count // len(batch)), rng))
+    return torch.cat(drawn, dim=1)
 
 
 def _drawn(rows: Float[Tensor, "groups rows in"], count: int, rng: torch.Generator) -> Float[Tensor, "groups _ in"]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from featherweight import targets
 from featherweight.errors import LayerError, RecipeError, WorkloadError
+from featherweight.passes import factorize_svd
 from featherweight.passes.distill_soft import DistillSoft
 from featherweight.passes.factorize_svd import (
     FactorizeSvd,
@@ -188,6 +189,27 @@ def test_second_moments_are_those_of_what_the_weights_multiply(kind: str) -> Non
     weight = matrices(layer).double()
     energy = torch.einsum("goi,gij,goj->", weight, moment, weight)  # Σ y² = tr(W E[xxᵀ] Wᵀ)
     torch.testing.assert_close(energy, layer(batch).double().square().sum(), rtol=1e-5, atol=1e-5)
+
+
+def test_second_moments_that_do_not_fit_into_memory_together_are_taken_in_turn(monkeypatch) -> None:
+    workload = networks()["residual"]
+    together, coverage = compress_model(Recipe((FactorizeSvd(),), "torch"), workload)
+    monkeypatch.setattr(factorize_svd, "MOMENTS", 1)
+    in_turn, same = compress_model(Recipe((FactorizeSvd(),), "torch"), workload)
+    assert same == coverage
+    for a, b in zip(together.parameters(), in_turn.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_sample_of_the_rows_does_nearly_as_well_as_all(monkeypatch) -> None:
+    mix = mixing(32)
+    model, batches, unseen = nn.Sequential(nn.Linear(32, 32)), correlated(4000, mix).split(500), correlated(500, mix)
+
+    def error(rows: int) -> float:
+        monkeypatch.setattr(factorize_svd, "ROWS", rows)
+        return (factorized(model, *batches)[0](unseen) - model(unseen)).square().sum().item()
+
+    assert error(4000) <= error(400) < 1.3 * error(4000)
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.8, 1.0])
