@@ -7,16 +7,22 @@ computed from it. Which scale or code is best is a pass's affair; which layer ca
 
 `Affine`:  ŵ = s · q,  q whole, −2^(b−1) ≤ q < 2^(b−1), one s per tensor, per slice of an axis or per block
 (Jacob et al. 2018, arXiv:1712.05877, equation 1, with zero point 0).
+`Codebook`:  ŵ = t[q], one table t for all weights or one for each index of axis 0
+(Han, Mao, Dally 2016, arXiv:1510.00149, section 3.1).
+`Companded`:  ŵ = s · sign(q) · g(|q| / (2^(b−1) − 1)), g the inverse of the curve whose values are stored, one s per
+slice of axis 0 (Yamamoto 2021, arXiv:2103.07156, section 3, with a curve that is not learned).
+`Scaled`:  ŵ = s · v, v a narrow float or an int8 (s is 1 / c, where the weight times c was stored).
 `InputQuantizer`:  x̂ = s · (clamp(round(x / s) + z, 0, 255) − z)  (the same equation, z free).
 `DynamicQuantizer`:  the same with s and z from the smallest and largest value of each input.
 """
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 
 import torch
-from jaxtyping import Float, Int8, Shaped, UInt8
+from jaxtyping import Float, Int8, Int64, Shaped, UInt8
 from torch import Tensor, nn
 
 # ------------------------------------------------------------------------------------------------ operators
@@ -345,3 +351,283 @@ class Masked(Encoding):
 
     def describe(self) -> str:
         return f"{1 - self.mask.float().mean():.0%} zeros"
+
+
+# ------------------------------------------------------------------------------------------------ codebooks
+
+
+def unpack_unsigned4(packed: UInt8[Tensor, " bytes"], count: int) -> UInt8[Tensor, " count"]:
+    """The first `count` codes, 0 to 15, of bytes that hold two each, the first in the low half.
+
+    >>> unpack_unsigned4(torch.tensor([241, 7], dtype=torch.uint8), 3)
+    tensor([ 1, 15,  7], dtype=torch.uint8)
+    """
+    return torch.stack([packed & 0xF, packed >> 4], dim=1).flatten()[:count]
+
+
+def nearest(x: Float[Tensor, "rows n"], table: Float[Tensor, "rows entries"]) -> Int64[Tensor, "rows n"]:
+    """Which entry of its row's table, in ascending order, is nearest to each value; the lower one of two as near.
+
+    >>> nearest(torch.tensor([[-9.0, 0.4, 0.6, 9.0]]), torch.tensor([[-1.0, 0.0, 1.0]]))
+    tensor([[0, 1, 2, 2]])
+    """
+    middle = (table[:, 1:] + table[:, :-1]) / 2
+    return torch.searchsorted(middle.contiguous(), x.contiguous())
+
+
+@torch.library.custom_op("featherweight::look_up", mutates_args=())
+def look_up(codes: Tensor, table: Tensor, shape: list[int], entries: int, bits: int) -> Tensor:
+    """What stands in a table under each code, in single precision, as a dense tensor of `shape`.
+
+    Args:
+        codes: uint8 of `shape` for 8 bits; the bytes of `pack4` for 4.
+        table: (values,) that all codes share; or (shape[0] * entries,), those of each index of axis 0 in turn.
+        shape: of what is returned.
+        entries: of the table of each index of axis 0; 0 where there is one table.
+        bits: that a code takes: 8 or 4.
+    """
+    if bits == 4:
+        codes = unpack_unsigned4(codes, torch.Size(shape).numel())
+    places = codes.reshape(shape[0], -1).to(torch.int32)
+    if entries:
+        places += entries * torch.arange(shape[0], dtype=torch.int32, device=codes.device).unsqueeze(1)
+    return table.float()[places].view(shape)
+
+
+@look_up.register_fake
+def _(codes: Tensor, table: Tensor, shape: list[int], entries: int, bits: int) -> Tensor:
+    return table.new_empty(shape, dtype=torch.float32)
+
+
+class Codebook(Encoding):
+    """Codes that name entries of a table, one table for all weights or one for each index of axis 0.
+
+    A code takes half a byte where a table has 16 entries or fewer, else a byte. Where `mask` is given, weights outside
+    it stay zero through training: the table must hold a zero.
+    """
+
+    codes: Tensor
+    table: Tensor
+    mask: Tensor | None
+
+    def __init__(self, dense: Tensor, table: Tensor) -> None:
+        """Codes name the entries nearest to `dense`; `table` is (values,), or (dense.shape[0], values), at most 256."""
+        super().__init__()
+        self.shape, self.dtype = tuple(dense.shape), dense.dtype
+        self.entries = table.shape[1] if table.dim() == 2 else 0
+        self.bits = 4 if table.shape[-1] <= 16 else 8
+        ascending = table.detach().float().sort(-1).values.to(table.dtype)
+        self.register_buffer("table", ascending.flatten())
+        self.register_buffer("codes", torch.empty(0, dtype=torch.uint8))
+        self.mask = None  # no buffer: an exported program would hold it
+        self.store(dense.detach())
+
+    def _tables(self) -> Tensor:
+        return self.table.float().view(self.shape[0] if self.entries else 1, -1)
+
+    def _codes(self, dense: Tensor, tables: Tensor) -> Tensor:
+        kept = dense if self.mask is None else dense * self.mask
+        return nearest(kept.float().reshape(len(tables), -1), tables)
+
+    def store(self, dense: Tensor) -> None:
+        codes = self._codes(dense, self._tables()).to(torch.uint8).reshape(self.shape)
+        self.codes = pack4(codes.view(torch.int8)) if self.bits == 4 else codes
+
+    def project(self, dense: Tensor) -> Tensor:
+        tables = self._tables()
+        return tables.gather(1, self._codes(dense, tables)).reshape(self.shape).to(self.dtype)
+
+    def decode(self) -> Tensor:
+        dense = torch.ops.featherweight.look_up(self.codes, self.table, list(self.shape), self.entries, self.bits)
+        return dense if self.dtype == torch.float32 else dense.to(self.dtype)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return _bits_per_weight(self.shape, self.codes, self.table)
+
+    def describe(self) -> str:
+        grain = "per channel" if self.entries else "per tensor"
+        return f"codebook of {self.entries or self.table.numel()} {grain}"
+
+
+def _bits_per_weight(shape: tuple[int, ...], *stored: Tensor) -> float:
+    return 8 * sum(t.numel() * t.element_size() for t in stored) / max(1, torch.Size(shape).numel())
+
+
+# ------------------------------------------------------------------------------------------------ companding
+
+
+def expanded(u: Float[Tensor, "*shape"], curve: str, strength: float) -> Float[Tensor, "*shape"]:
+    """The share, 0 to 1, of the largest magnitude that stands at `u`, 0 to 1, of a uniform grid: a curve's inverse.
+
+    Args:
+        u: where on the grid.
+        curve: "mu", ((1 + μ)^u − 1) / μ; "power", u^p; "log", 2^(−r · (1 − u)), and 0 at 0.
+        strength: μ, the exponent p or the number r of octaves. The larger, the finer the grid near zero.
+
+    >>> [expanded(torch.tensor([0.0, 0.5, 1.0]), *how).tolist() for how in (("mu", 8.0), ("power", 2.0), ("log", 4.0))]
+    [[0.0, 0.25, 1.0], [0.0, 0.25, 1.0], [0.0, 0.25, 1.0]]
+    """
+    if curve == "mu":
+        return torch.expm1(u * math.log1p(strength)) / strength
+    if curve == "power":
+        return u**strength
+    return torch.exp2(strength * (u - 1)) * (u > 0)
+
+
+def magnitudes(curve: str, strength: float, bits: int) -> Float[Tensor, " levels"]:
+    """What the codes 0 to 2^(bits−1) − 1 stand for, before the scale: ascending from 0 to 1.
+
+    >>> magnitudes("power", 2.0, 4)[[0, 1, 7]]
+    tensor([0.0000, 0.0204, 1.0000])
+    """
+    top = 2 ** (bits - 1) - 1
+    return expanded(torch.arange(top + 1, dtype=torch.float32) / top, curve, strength)
+
+
+@torch.library.custom_op("featherweight::expand", mutates_args=())
+def expand(codes: Tensor, scale: Tensor, shape: list[int], curve: str, strength: float, bits: int) -> Tensor:
+    """Codes to their place on a curve, times their scales, as a dense tensor of `shape`.
+
+    Args:
+        codes: int8 of `shape` for 8 bits; the bytes of `pack4` for 4.
+        scale: of a shape that multiplies `shape`.
+        shape: of what is returned.
+        curve: see `expanded`.
+        strength: see `expanded`.
+        bits: 8 or 4.
+    """
+    if bits == 4:
+        codes = unpack4(codes, torch.Size(shape).numel()).view(shape)
+    levels = magnitudes(curve, strength, bits).to(scale)
+    return levels[codes.abs().to(torch.int32)] * codes.sign() * scale
+
+
+@expand.register_fake
+def _(codes: Tensor, scale: Tensor, shape: list[int], curve: str, strength: float, bits: int) -> Tensor:
+    return scale.new_empty(shape)
+
+
+class Companded(Encoding):
+    """Whole codes of 8 or 4 bits on a uniform grid of a curve of the weight, and a scale per slice of axis 0.
+
+    Where `mask` is given, weights outside it stay zero through training.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    mask: Tensor | None
+
+    def __init__(self, dense: Tensor, scale: Tensor, *, curve: str, strength: float, bits: int) -> None:
+        """Codes stand for the magnitudes nearest to `dense`; `scale` is (dense.shape[0],). See `expanded`."""
+        super().__init__()
+        self.curve, self.strength, self.bits = curve, float(strength), bits
+        self.shape = tuple(dense.shape)
+        self.register_buffer("scale", scale.detach().reshape(-1, *[1] * (dense.dim() - 1)).clone())
+        self.register_buffer("codes", torch.empty(0, dtype=torch.int8))
+        self.mask = None  # no buffer: an exported program would hold it
+        self.store(dense.detach())
+
+    def _levels(self) -> Tensor:
+        return magnitudes(self.curve, self.strength, self.bits).to(self.scale)
+
+    def _places(self, dense: Tensor, levels: Tensor) -> Tensor:
+        kept = dense if self.mask is None else dense * self.mask
+        return nearest((kept / self.scale).abs().reshape(1, -1), levels.view(1, -1)).view(self.shape)
+
+    def store(self, dense: Tensor) -> None:
+        codes = (self._places(dense, self._levels()) * dense.sign()).to(torch.int8).contiguous()
+        self.codes = pack4(codes) if self.bits == 4 else codes
+
+    def project(self, dense: Tensor) -> Tensor:
+        levels = self._levels()
+        return levels[self._places(dense, levels)] * dense.sign() * self.scale
+
+    def decode(self) -> Tensor:
+        return torch.ops.featherweight.expand(
+            self.codes, self.scale, list(self.shape), self.curve, self.strength, self.bits
+        )
+
+    @property
+    def bits_per_weight(self) -> float:
+        return _bits_per_weight(self.shape, self.codes, self.scale)
+
+    def describe(self) -> str:
+        return f"int{self.bits} companded by {self.curve} {self.strength:g}"
+
+
+# ------------------------------------------------------------------------------------------------ narrow formats
+
+NARROW = {  # by the names that passes and messages use
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float8": torch.float8_e4m3fn,
+    "int8": torch.int8,
+}
+
+
+def largest_of(narrow: str) -> float:
+    """The largest magnitude that a format is used for: its largest finite number, and 127 for int8.
+
+    >>> [largest_of(narrow) for narrow in ("float16", "float8", "int8")]
+    [65504.0, 448.0, 127.0]
+    """
+    dtype = NARROW[narrow]
+    return float(torch.finfo(dtype).max if dtype.is_floating_point else torch.iinfo(dtype).max)
+
+
+@torch.library.custom_op("featherweight::unscale", mutates_args=())
+def unscale(values: Tensor, scale: Tensor) -> Tensor:
+    """Values of a narrow format times their scales, in the precision of the scales, whose shape multiplies theirs."""
+    return values.to(scale.dtype) * scale
+
+
+@unscale.register_fake
+def _(values: Tensor, scale: Tensor) -> Tensor:
+    return scale.new_empty(values.shape)
+
+
+class Scaled(Encoding):
+    """Values of a narrow format, and the scale that brings them back: one in all or one per slice of axis 0.
+
+    Where `mask` is given, weights outside it stay zero through training.
+    """
+
+    values: Tensor
+    scale: Tensor
+    mask: Tensor | None
+
+    def __init__(self, dense: Tensor, scale: Tensor, *, narrow: str) -> None:
+        """Stores `dense` over `scale`, which is () or (dense.shape[0],), in the format `narrow`, see `NARROW`."""
+        super().__init__()
+        self.narrow, self.per_channel = narrow, scale.dim() > 0
+        shape = (-1, *[1] * (dense.dim() - 1)) if self.per_channel else (1,) * dense.dim()
+        self.register_buffer("scale", scale.detach().reshape(shape).clone())
+        self.register_buffer("values", torch.empty(0, dtype=NARROW[narrow]))
+        self.mask = None  # no buffer: an exported program would hold it
+        self.store(dense.detach())
+
+    def _narrowed(self, dense: Tensor) -> Tensor:
+        kept = dense if self.mask is None else dense * self.mask
+        most, dtype = largest_of(self.narrow), NARROW[self.narrow]
+        small = (kept / self.scale).clamp(-most, most)  # beyond it a cast may give infinity
+        return (small if dtype.is_floating_point else small.round()).to(dtype)
+
+    def store(self, dense: Tensor) -> None:
+        self.values = self._narrowed(dense).contiguous()
+
+    def project(self, dense: Tensor) -> Tensor:
+        return self._narrowed(dense).to(self.scale.dtype) * self.scale
+
+    def decode(self) -> Tensor:
+        return torch.ops.featherweight.unscale(self.values, self.scale)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return _bits_per_weight(tuple(self.values.shape), self.values, self.scale)
+
+    def describe(self) -> str:
+        return f"{self.narrow} scaled per {'channel' if self.per_channel else 'tensor'}"
+
+
+ON_A_GRID = (Affine, Codebook, Companded, Scaled)  # those that take over the mask of a Masked tensor

@@ -135,8 +135,10 @@ def use_int8(program: fx.GraphModule) -> fx.GraphModule:
     for node in list(program.graph.nodes):
         if node.target in kinds:
             _replace(program, node, kinds[node.target])
+    ours = torch.ops.featherweight
+    decoders = {op.default for op in (ours.dequantize, ours.look_up, ours.expand, ours.unscale)}
     for node in list(program.graph.nodes):
-        if node.target is torch.ops.featherweight.dequantize.default and node.users:
+        if node.target in decoders and node.users:
             _decode_once(program, node)
     program.graph.eliminate_dead_code()
     program.recompile()
@@ -169,8 +171,8 @@ def _replace(program: fx.GraphModule, node: Any, kind: Callable[..., Int8Layer])
 
 
 def _decode_once(program: fx.GraphModule, node: Any) -> None:
-    codes, scale = (_constant(program, argument) for argument in node.args[:2])
+    arguments = [_constant(program, value) if isinstance(value, fx.Node) else value for value in node.args]
     name = f"decoded_{node.name}"
-    program.register_buffer(name, torch.ops.featherweight.dequantize(codes, scale, *node.args[2:]))
+    program.register_buffer(name, node.target(*arguments))
     with program.graph.inserting_before(node):
         node.replace_all_uses_with(program.graph.get_attr(name))

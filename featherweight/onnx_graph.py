@@ -1,8 +1,9 @@
 """From a compressed torch module to an ONNX graph, for the targets that read one.
 
-Encoded weights become `DequantizeLinear` on integer initializers (4-bit ones in ONNX's own INT4), quantized inputs
-become `QuantizeLinear` / `DequantizeLinear` pairs. What a runtime wants beyond the standard is the affair of its
-target; nothing here runs a graph. onnx, onnxscript and onnx_ir are imported where used.
+Encoded weights become `DequantizeLinear` on integer initializers (4-bit ones in ONNX's own INT4 and UINT4), look-ups
+in a table, or arithmetic that undoes a curve or a scale, and stay so in the file; quantized inputs become
+`QuantizeLinear` / `DequantizeLinear` pairs. What a runtime wants beyond the standard is the affair of its target;
+nothing here runs a graph. onnx, onnxscript and onnx_ir are imported where used.
 """
 
 from __future__ import annotations
@@ -10,14 +11,16 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from featherweight.encodings import Affine, unpack4
+from featherweight.encodings import Affine, Codebook, Companded, Scaled, unpack4, unpack_unsigned4
 from featherweight.errors import ExportError
 from featherweight.surgery import encodings, trace
 from featherweight.workload import Workload, input_names
@@ -53,15 +56,20 @@ def to_onnx(model: nn.Module, workload: Workload) -> onnx_ir.Model:
     assert exported is not None
     graph_model = exported.model
     _store_encoded(graph_model, model)
+    _store_packed(graph_model, model)
     _name_ends(graph_model, workload)
-    _simplify(graph_model)
+    _simplify(graph_model, kept={value.name for _, value in _coded(graph_model, model)})
     _forget_origin(graph_model)
     return graph_model
 
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """How the operators of the library `featherweight` are written in ONNX."""
-    from onnxscript import opset21 as op
+    import onnx_ir
+    from onnxscript import opset21
+
+    op: Any = opset21
+    single = onnx_ir.DataType.FLOAT
 
     def dequantize(codes, scale, shape, axis: int, block: int, bits: int):  # type: ignore[no-untyped-def]
         if block:
@@ -76,8 +84,33 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         codes, scale, zero_point = op.DynamicQuantizeLinear(x)
         return op.DequantizeLinear(codes, scale, zero_point)
 
+    # Casts, not DequantizeLinear: ONNX Runtime would decode that anew for every input, where the rest runs once.
+    def look_up(codes, table, shape, entries: int, bits: int):  # type: ignore[no-untyped-def]
+        places = op.Cast(codes, to=onnx_ir.DataType.INT32)
+        if entries:
+            starts = entries * np.arange(shape[0], dtype=np.int32).reshape(-1, *[1] * (len(shape) - 1))
+            places = op.Add(places, op.Constant(value=onnx_ir.tensor(starts)))
+        return op.Cast(op.Gather(table, places), to=single)
+
+    def expand(codes, scale, shape, curve: str, strength: float, bits: int):  # type: ignore[no-untyped-def]
+        signed = op.Cast(codes, to=single)
+        size = op.Mul(op.Abs(signed), 1 / (2 ** (bits - 1) - 1))
+        if curve == "mu":
+            grown = op.Mul(op.Sub(op.Exp(op.Mul(size, math.log1p(strength))), 1.0), 1 / strength)
+        elif curve == "power":
+            grown = op.Pow(size, strength)
+        else:
+            grown = op.Exp(op.Mul(op.Sub(size, 1.0), strength * math.log(2)))
+        return op.Mul(op.Mul(op.Sign(signed), grown), scale)
+
+    def unscale(values, scale):  # type: ignore[no-untyped-def]
+        return op.Mul(op.Cast(values, to=single), scale)
+
     library = torch.ops.featherweight
     return {
+        library.look_up.default: look_up,
+        library.expand.default: expand,
+        library.unscale.default: unscale,
         library.dequantize.default: dequantize,
         library.fake_quantize.default: fake_quantize,
         library.dynamic_quantize.default: dynamic_quantize,
@@ -107,6 +140,32 @@ def _store_encoded(graph_model: onnx_ir.Model, model: nn.Module) -> None:
         value.dtype, value.shape = value.const_value.dtype, onnx_ir.Shape(array.shape)
 
 
+def _store_packed(graph_model: onnx_ir.Model, model: nn.Module) -> None:
+    """Gives the initializers of codes that lie two to a byte ONNX's own 4-bit types, and their shape."""
+    import ml_dtypes
+    import onnx_ir
+
+    for encoding, value in _coded(graph_model, model):
+        if isinstance(encoding, Scaled) or encoding.bits != 4:
+            continue
+        count = torch.Size(encoding.shape).numel()
+        if isinstance(encoding, Codebook):
+            array = unpack_unsigned4(encoding.codes, count).numpy().astype(ml_dtypes.uint4)
+        else:
+            array = unpack4(encoding.codes, count).numpy().astype(ml_dtypes.int4)
+        value.const_value = onnx_ir.tensor(array.reshape(encoding.shape), name=value.name)
+        value.dtype, value.shape = value.const_value.dtype, onnx_ir.Shape(encoding.shape)
+
+
+def _coded(graph_model: onnx_ir.Model, model: nn.Module) -> Iterator[tuple[Codebook | Companded | Scaled, Any]]:
+    """Encodings that ONNX has no operator for, each with the initializer of its codes or narrow values."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, (Codebook, Companded, Scaled)):
+            stored = f"{name}.{'values' if isinstance(module, Scaled) else 'codes'}"
+            if (value := graph_model.graph.initializers.get(stored)) is not None:
+                yield module, value
+
+
 def _name_ends(graph_model: onnx_ir.Model, workload: Workload) -> None:
     """Inputs as the workload calls them, outputs by number."""
     names = input_names(workload.model, workload.example)
@@ -116,15 +175,21 @@ def _name_ends(graph_model: onnx_ir.Model, workload: Workload) -> None:
         value.name = f"output{index}"
 
 
-def _simplify(graph_model: onnx_ir.Model) -> None:
-    """Constants folded (dequantized weights are not), identical nodes and initializers merged, the unused removed."""
+def _simplify(graph_model: onnx_ir.Model, kept: Collection[str]) -> None:
+    """Constants folded, identical nodes and initializers merged, the unused removed.
+
+    What is decoded from the initializers `kept` is not folded, nor are dequantized weights: the file would grow.
+    """
     import onnx_ir.passes.common as common
     from onnxscript import optimizer
     from onnxscript.rewriter import RewritePass
     from onnxscript.rewriter.rules.common import fuse_pad_into_conv_rule
 
+    def should_fold(node: onnx_ir.Node) -> bool | None:
+        return False if any(value is not None and value.name in kept for value in node.inputs) else None
+
     with _quiet():
-        optimizer.optimize(graph_model)
+        optimizer.optimize_ir(graph_model, should_fold=should_fold)
         RewritePass([_rounding_before_padding()])(graph_model)
         RewritePass([fuse_pad_into_conv_rule])(graph_model)
         common.DeduplicateInitializersPass(size_limit=1 << 40)(graph_model)

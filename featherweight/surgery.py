@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize, remove_spectral_norm, remove_weight_norm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from featherweight.encodings import Affine, DynamicQuantizer, Encoding, InputQuantizer, Masked
+from featherweight.encodings import ON_A_GRID, DynamicQuantizer, Encoding, InputQuantizer, Masked
 from featherweight.errors import ExportError, LayerError, RecipeError
 from featherweight.masks import misfit
 from featherweight.workload import Batch, call, like, outputs, tensors
@@ -124,7 +124,7 @@ def leave_others(model: nn.Module, where: str, treated: Collection[str], step: s
     Weights are floating-point tensors of two dimensions or more. `treated` are all that the step names otherwise.
     """
     dense = [(name, p) for name, p in model.named_parameters(remove_duplicate=False) if p.is_floating_point()]
-    masked = [(name, e.decode()) for name, e in encodings(model).items() if not isinstance(e, Affine)]
+    masked = [(name, e.decode()) for name, e in encodings(model).items() if isinstance(e, Masked)]
     weights: dict[str, list[str]] = defaultdict(list)
     for name, value in (*dense, *masked):
         if value.dim() > 1:
@@ -283,12 +283,12 @@ def _seeded_outputs(model: nn.Module, example: Batch) -> tuple[Tensor, ...]:
 def encode(layer: nn.Module, encoding: Encoding, tensor: str = "weight") -> None:
     """From now on `layer.<tensor>` is what `encoding` decodes; the dense tensor is gone.
 
-    Zeros of a `Masked` tensor stay zero through training after an `Affine` encoding took its place. Layers that
-    share a tensor are each encoded with the same object.
+    Zeros of a `Masked` tensor stay zero through training after an encoding on a grid took its place. Layers that share
+    a tensor are each encoded with the same object.
     """
     _own_class(layer)
     if (before := encoding_of(layer, tensor)) is not None:
-        if isinstance(before, Masked) and isinstance(encoding, Affine):
+        if isinstance(before, Masked) and isinstance(encoding, ON_A_GRID):
             encoding.mask = before.mask
         parametrize.remove_parametrizations(layer, tensor, leave_parametrized=True)
     dense = dense_of(layer, tensor)
@@ -296,6 +296,36 @@ def encode(layer: nn.Module, encoding: Encoding, tensor: str = "weight") -> None
     delattr(layer, tensor)
     layer.register_parameter(tensor, nn.Parameter(dense, requires_grad=False))
     parametrize.register_parametrization(layer, tensor, encoding, unsafe=True)
+
+
+def encode_smaller(
+    groups: Sequence[Mapping[str, nn.Module]], form: Callable[[Mapping[str, nn.Module]], Encoding], step: str
+) -> None:
+    """Encodes the weight of each group of `groups_by_weight` as `form` says, where that takes fewer bits than now.
+
+    Where it does not, the layers are left, and said to be.
+
+    Raises:
+        LayerError: it does nowhere.
+    """
+    reason = "they share their weights with layers that `where` leaves out"
+    changed = False
+    for group in groups:
+        encoding, bits = form(group), 8 * dense_of(next(iter(group.values()))).element_size()
+        smaller = encoding.bits_per_weight < bits
+        changed |= smaller
+        for name, layer in group.items():
+            if smaller:
+                encode(layer, encoding)
+                done(name, encoding.describe())
+            else:
+                reason = f"as {encoding.describe()} it would take {encoding.bits_per_weight:.0f} bits a weight"
+                left(name, f"{reason}, where it takes {bits}")
+    if not changed:
+        raise LayerError(
+            f"{step} would make none of the layers that it may change smaller: {reason}. Leave the step out, or widen "
+            "its where."
+        )
 
 
 def dense_of(layer: nn.Module, tensor: str = "weight") -> Tensor:
@@ -353,10 +383,10 @@ def encodings(model: nn.Module) -> dict[str, Encoding]:
 
 
 def refuse_quantized(layers: Mapping[str, nn.Module], step: str) -> None:
-    """Raises a RecipeError where one of `layers` has whole numbers for weights already."""
+    """Raises a RecipeError where the weights of one of `layers` are stored in fewer bits already."""
     for name, layer in layers.items():
         encoding = encoding_of(layer)
-        if isinstance(encoding, Affine):
+        if encoding is not None and not isinstance(encoding, Masked):
             raise RecipeError(
                 f"{step} would quantize {name!r}, which an earlier step stored as {encoding.describe()}. "
                 f"Leave one of the two steps out, or keep them apart with where, such as where: '!{name}'."

@@ -20,7 +20,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -35,7 +35,16 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from featherweight import passes, surgery, targets
-from featherweight.encodings import Affine, DynamicQuantizer, InputQuantizer, affine_scale
+from featherweight.encodings import (
+    Affine,
+    Codebook,
+    Companded,
+    DynamicQuantizer,
+    Encoding,
+    InputQuantizer,
+    Scaled,
+    affine_scale,
+)
 from featherweight.errors import LayerError, SettingError, TargetError
 from featherweight.passes import Pass
 from featherweight.recipe import Recipe, compress_model
@@ -367,6 +376,46 @@ class PassContract:
 # ------------------------------------------------------------------------------------------------ targets
 
 
+def _affine(weight: Tensor, bits: int, block: int = 0) -> Affine:
+    block = block if block and weight[0].numel() % block == 0 else 0
+    return Affine(weight, affine_scale(weight, bits, 0, block), bits=bits, axis=0, block=block)
+
+
+def _codebook(weight: Tensor, values: int) -> Codebook:
+    return Codebook(weight, weight.flatten().quantile(torch.linspace(0, 1, values)))
+
+
+def _codebooks(weight: Tensor, values: int) -> Codebook:
+    return Codebook(weight, weight.flatten(1).quantile(torch.linspace(0, 1, values), dim=1).T.half())
+
+
+def _companded(weight: Tensor, bits: int, curve: str, strength: float) -> Companded:
+    return Companded(weight, weight.abs().flatten(1).amax(1), bits=bits, curve=curve, strength=strength)
+
+
+def _scaled(weight: Tensor, narrow: str, most: float) -> Scaled:
+    return Scaled(weight, weight.abs().flatten(1).amax(1) / most, narrow=narrow)
+
+
+# Every stored form by a name, with the share of the bytes of a dense file that it may take.
+FORMS: dict[str, tuple[float, Callable[[Tensor], Encoding]]] = {
+    "int8": (0.3, lambda weight: _affine(weight, 8)),
+    "int4": (0.2, lambda weight: _affine(weight, 4)),
+    "int4 blocks": (0.25, lambda weight: _affine(weight, 4, 16)),
+    "codebook of 16": (0.2, lambda weight: _codebook(weight, 16)),
+    "codebook of 200": (0.3, lambda weight: _codebook(weight, 200)),
+    "codebook per channel": (0.2, lambda weight: _codebooks(weight, 16)),
+    "codebook of 20 per channel": (0.35, lambda weight: _codebooks(weight, 20)),
+    "int8 on log": (0.3, lambda weight: _companded(weight, 8, "log", 7.0)),
+    "int8 on power": (0.3, lambda weight: _companded(weight, 8, "power", 1.5)),
+    "int4 on mu": (0.2, lambda weight: _companded(weight, 4, "mu", 20.0)),
+    "float16": (0.55, lambda weight: _scaled(weight, "float16", 3e4)),
+    "bfloat16": (0.55, lambda weight: _scaled(weight, "bfloat16", 1.0)),
+    "float8": (0.3, lambda weight: _scaled(weight, "float8", 300.0)),
+    "scaled int8": (0.3, lambda weight: _scaled(weight, "int8", 127.0)),
+}
+
+
 def _encoded(network: str, what: str) -> nn.Module:
     """The network with all its weights, and its linear and convolutional layers' inputs, encoded as `what` says."""
     model, workload = copy.deepcopy(networks()[network].model), networks()[network]
@@ -375,12 +424,10 @@ def _encoded(network: str, what: str) -> nn.Module:
     surgery.watch_inputs(
         model, weighted, workload.calibration, lambda name, x: ranges.update({name: (float(x.min()), float(x.max()))})
     )
-    bits, block = (4, 16) if what == "int4 blocks" else (4, 0) if what == "int4" else (8, 0)
+    form = FORMS.get(what, FORMS["int8"])[1]
     for name, layer in surgery.select(model, "*", (nn.Conv2d, nn.Linear, nn.Embedding)).items():
         weight = layer.weight.detach()  # type: ignore[operator]
-        fits = block and weight[0].numel() % block == 0
-        scale = affine_scale(weight, bits, 0, block if fits else 0)
-        surgery.encode(layer, Affine(weight, scale, bits=bits, axis=0, block=block if fits else 0))
+        surgery.encode(layer, form(weight))
         if what == "int8 static" and name in weighted:
             surgery.quantize_input(layer, InputQuantizer(*ranges[name]))
         if what == "int8 dynamic" and isinstance(layer, nn.Linear):
@@ -406,20 +453,35 @@ class TargetContract:
         found = target.load(tmp_path, 1)([tensor.numpy() for tensor in tensors(batch)])
         assert relative_error(found, run(workload.model, batch)) < 1e-4
 
-    @pytest.mark.parametrize("what", ["int8", "int4", "int4 blocks", "int8 static", "int8 dynamic"])
+    @pytest.mark.parametrize(
+        "what",
+        [
+            "int8",
+            "int4",
+            "int4 blocks",
+            "int8 static",
+            "int8 dynamic",
+            "codebook of 16",
+            "codebook per channel",
+            "int4 on mu",
+            "float8",
+        ],
+    )
     def test_runs_encoded_networks_as_torch_does(self, target: Target, network: str, what: str, tmp_path: Path) -> None:
         check_export(target, _encoded(network, what), networks()[network], tmp_path)
 
-    @pytest.mark.parametrize(("bits", "largest_share"), [(8, 0.3), (4, 0.2)])
-    def test_stores_what_is_stored(self, target: Target, bits: int, largest_share: float, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("what", FORMS)
+    def test_stores_what_is_stored(self, target: Target, what: str, tmp_path: Path) -> None:
+        largest_share, form = FORMS[what]
         model = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 512)).eval()
         dense_bytes = sum(4 * p.numel() for p in model.parameters())
         for layer in surgery.select(model, "*", (nn.Linear,)).values():
-            weight = layer.weight.detach()  # type: ignore[operator]
-            surgery.encode(layer, Affine(weight, affine_scale(weight, bits, 0), bits=bits))
-        target.export(model, Workload(model, (torch.randn(2, 512),), [], lambda _: 0.0), tmp_path)
+            surgery.encode(layer, form(layer.weight.detach()))  # type: ignore[operator]
+        x = torch.randn(2, 512)
+        target.export(model, Workload(model, (x,), [], lambda _: 0.0), tmp_path)
         written = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
         assert written < largest_share * dense_bytes
+        assert relative_error(target.load(tmp_path, 1)([x.numpy()]), run(model, (x,))) <= target.tolerance
 
     def test_profiles_what_it_runs(self, target: Target, network: str, tmp_path: Path) -> None:
         workload = networks()[network]

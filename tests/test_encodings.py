@@ -9,15 +9,23 @@ from hypothesis import strategies as st
 from torch import nn
 
 from featherweight.encodings import (
+    NARROW,
     Affine,
+    Codebook,
+    Companded,
     DynamicQuantizer,
     Encoding,
     InputQuantizer,
     Masked,
+    Scaled,
     affine_scale,
+    expanded,
     fake_quantize,
+    magnitudes,
+    nearest,
     pack4,
     unpack4,
+    unpack_unsigned4,
 )
 from featherweight.surgery import encode, encoding_of, thawed
 
@@ -97,14 +105,144 @@ def test_a_weight_of_zeros():
     assert torch.equal(Affine(weight, affine_scale(weight, 8, 0, search=True), bits=8).decode(), weight)
 
 
+# ------------------------------------------------------------------------------------------------ codebooks
+
+
+@given(st.lists(st.integers(0, 15), max_size=33))
+def test_unsigned_codes_come_back_from_the_same_bytes(codes):
+    packed = pack4(torch.tensor(codes, dtype=torch.uint8).view(torch.int8))
+    assert unpack_unsigned4(packed, len(codes)).tolist() == codes
+
+
+@given(st.lists(st.floats(-4, 4, width=32), min_size=1, max_size=20), st.integers(1, 20))
+def test_the_nearest_entry_is_the_nearest(values, entries):
+    x, table = torch.tensor([values]), torch.randn(1, entries).sort().values
+    found = table.gather(1, nearest(x, table))
+    best = (x.unsqueeze(-1) - table.unsqueeze(1)).abs().amin(-1)
+    torch.testing.assert_close((x - found).abs(), best)
+
+
+@pytest.mark.parametrize("entries", [1, 2, 16, 17, 256])
+@pytest.mark.parametrize("shape", [(3, 5), (3, 2, 3, 3), (5, 1, 3), (2, 3, 2, 2, 2), (1, 1)])
+@pytest.mark.parametrize("each", [True, False])
+def test_codes_name_the_nearest_entry_of_their_table(shape, entries, each):
+    weight = torch.randn(shape)
+    table = torch.randn(shape[0], entries) if each else torch.randn(entries)
+    encoding = Codebook(weight, table)
+    distance = (weight.flatten(1).unsqueeze(-1) - (table.unsqueeze(1) if each else table)).abs()
+    wanted = (table.unsqueeze(1) if each else table).expand(distance.shape).gather(-1, distance.argmin(-1, True))
+    torch.testing.assert_close(encoding.decode(), wanted.view(shape))
+    assert encoding.codes.numel() == ((weight.numel() + 1) // 2 if entries <= 16 else weight.numel())
+
+
+def test_a_codebook_gives_back_the_type_of_the_weight():
+    weight = torch.randn(4, 8)
+    for dtype in (torch.float32, torch.float64, torch.float16):
+        encoding = Codebook(weight.to(dtype), torch.linspace(-2, 2, 16).half())
+        assert encoding.decode().dtype == encoding.project(weight.to(dtype)).dtype == dtype
+        assert encoding.table.dtype == torch.float16
+
+
+# ------------------------------------------------------------------------------------------------ companding
+
+
+@pytest.mark.parametrize(("curve", "strength"), [("mu", 20.0), ("power", 2.0), ("log", 5.0)])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_curve_rises_from_zero_to_one_in_steps_that_grow(curve, strength, bits):
+    levels = magnitudes(curve, strength, bits)
+    assert len(levels) == 2 ** (bits - 1)
+    assert levels[0] == 0.0
+    torch.testing.assert_close(levels[-1], torch.tensor(1.0))
+    steps = levels.diff()
+    assert bool((steps > 0).all())
+    assert bool((steps[1:].diff() > 0).all())  # of the logarithm, the first step leads up to its smallest level
+
+
+def test_a_curve_undoes_what_its_formula_says():
+    x = torch.linspace(0.1, 1, 50)
+    torch.testing.assert_close(expanded(torch.log1p(9 * x) / torch.log1p(torch.tensor(9.0)), "mu", 9.0), x)
+    torch.testing.assert_close(expanded(x ** (1 / 3), "power", 3.0), x)
+    torch.testing.assert_close(expanded(1 + torch.log2(x) / 6, "log", 6.0), x)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (3, 2, 3, 3), (5, 1, 3), (2, 3, 2, 2, 2)])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_codes_stand_for_the_nearest_level_of_either_sign(shape, bits):
+    weight = torch.randn(shape)
+    scale = weight.abs().flatten(1).amax(1) * 0.8
+    encoding = Companded(weight, scale, curve="mu", strength=20.0, bits=bits)
+    levels = magnitudes("mu", 20.0, bits)
+    both = torch.cat([-levels, levels]) * scale.view(-1, 1)
+    best = (weight.flatten(1).unsqueeze(-1) - both.unsqueeze(1)).abs().amin(-1)
+    torch.testing.assert_close((encoding.decode() - weight).abs().flatten(1), best)
+
+
+# ------------------------------------------------------------------------------------------------ narrow formats
+
+
+@pytest.mark.parametrize("narrow", NARROW)
+@pytest.mark.parametrize("shape", [(3, 5), (3, 2, 3, 3), (5, 1, 3)])
+def test_narrow_values_are_what_a_cast_of_the_scaled_weight_gives(narrow, shape):
+    weight = torch.randn(shape)
+    for scale in (torch.tensor(0.25), torch.full((shape[0],), 0.25)):
+        encoding = Scaled(weight, scale, narrow=narrow)
+        small = weight * 4
+        wanted = (small.round() if narrow == "int8" else small.to(NARROW[narrow]).float()) * 0.25
+        assert torch.equal(encoding.decode(), wanted)
+        assert encoding.values.dtype == NARROW[narrow]
+
+
+@pytest.mark.parametrize("narrow", ["float16", "float8", "int8"])
+def test_what_is_out_of_range_is_clipped_and_not_infinite(narrow):
+    encoding = Scaled(torch.tensor([[1e6, -1e6]]), torch.tensor(1.0), narrow=narrow)
+    most = {"float16": 65504.0, "float8": 448.0, "int8": 127.0}[narrow]
+    assert encoding.decode().tolist() == [[most, -most]]
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_zeros_of_a_mask_stay_zero_in_other_forms_too(which):
+    layer = nn.Linear(32, 4)
+    mask = torch.rand(4, 32) > 0.5
+    encode(layer, Masked(layer.weight, mask))
+    weight, largest = layer.weight.detach(), layer.weight.detach().abs().amax(1)
+    forms = [
+        Codebook(weight, torch.arange(-7.0, 8.0) / 35),
+        Companded(weight, largest, curve="power", strength=2.0, bits=4),
+        Scaled(weight, largest / 300, narrow="float8"),
+    ]
+    encode(layer, forms[which])
+    with thawed(layer), torch.no_grad():
+        encoding_of(layer).latent.add_(1.0)
+        assert bool((layer.weight[~mask] == 0).all())
+    assert bool((layer.weight[~mask] == 0).all())
+    assert bool((layer.weight[mask] != 0).all())
+    assert "mask" not in str(list(layer.state_dict()))
+
+
 # ------------------------------------------------------------------------------------------------ as a parametrization
 
 
 def encodings_of(weight: torch.Tensor) -> list[Encoding]:
-    return [affine(weight, 8, "per row"), affine(weight, 4, "blocks"), Masked(weight, weight > 0)]
+    shares = torch.linspace(0, 1, 16)
+    largest = weight.detach().abs().amax(1)
+    return [
+        affine(weight, 8, "per row"),
+        affine(weight, 4, "blocks"),
+        Masked(weight, weight > 0),
+        Codebook(weight, weight.flatten().quantile(shares)),
+        Codebook(weight, weight.quantile(shares, dim=1).T.half()),
+        Codebook(weight, torch.linspace(-1, 1, 100)),
+        Companded(weight, largest, curve="mu", strength=20.0, bits=4),
+        Companded(weight, largest, curve="log", strength=7.0, bits=8),
+        Scaled(weight, largest / 300, narrow="float8"),
+        Scaled(weight, largest.max() / 127, narrow="int8"),
+    ]
 
 
-@pytest.mark.parametrize("which", range(3))
+COUNT = 10
+
+
+@pytest.mark.parametrize("which", range(COUNT))
 def test_the_dense_weight_is_gone_and_the_codes_are_in_the_state(which):
     layer = nn.Linear(32, 4)
     encoding = encodings_of(layer.weight)[which]
@@ -118,7 +256,7 @@ def test_the_dense_weight_is_gone_and_the_codes_are_in_the_state(which):
     assert torch.equal(copy.deepcopy(layer).weight, layer.weight)
 
 
-@pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize("which", range(COUNT))
 def test_gradients_pass_straight_through_and_training_stays_on_the_grid(which):
     torch.manual_seed(0)
     layer, x = nn.Linear(32, 4), torch.randn(64, 32)
@@ -181,13 +319,13 @@ def test_zeros_of_a_mask_stay_zero_under_rounding_too(bits):
     assert torch.equal(encoding_of(copy.deepcopy(layer)).mask, mask)
 
 
-@pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize("which", range(COUNT))
 def test_an_exported_program_holds_what_is_stored(which):
     layer, x = nn.Linear(32, 4), torch.randn(3, 32)
     encode(layer, encodings_of(layer.weight)[which])
     program = torch.export.export(layer, (x,))
     torch.testing.assert_close(program.module()(x), layer(x))
-    dense = [name for name, t in program.state_dict.items() if t.shape == (4, 32) and t.is_floating_point()]
+    dense = [name for name, t in program.state_dict.items() if t.shape == (4, 32) and t.dtype == torch.float32]
     assert dense == (["parametrizations.weight.0.values"] if which == 2 else [])
 
 

@@ -133,7 +133,7 @@ def _compiled(network: Any, shapes: tuple[tuple[int, ...], ...], threads: int, *
 
 
 def _joins_rows(network: Any) -> bool:
-    """Whether two computed matrices are added, say, as in a residual network on rows of features.
+    """Whether two matrices computed from the input are added, say, as in a residual network on rows of features.
 
     OpenVINO 2026.4 merges narrow linear layers round such sums (`snippets`), and ends the process with a segmentation
     fault where there are two: x + mlp(x) twice on (n, 16) is enough. Attention, which gains by snippets, has no such.
@@ -141,6 +141,7 @@ def _joins_rows(network: Any) -> bool:
     return any(
         node.get_type_name() in ("Add", "Subtract", "Multiply", "Divide")
         and len(node.get_output_partial_shape(0)) == 2
+        and node.get_output_partial_shape(0).is_dynamic  # those of a fixed size are weights that are decoded
         and all(value.get_source_output().get_node().get_type_name() != "Constant" for value in node.inputs())
         for node in network.get_ops()
         if node.get_output_size() and node.get_output_partial_shape(0).rank.is_static
