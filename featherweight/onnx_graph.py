@@ -74,7 +74,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     def dequantize(codes, scale, shape, axis: int, block: int, bits: int):  # type: ignore[no-untyped-def]
         if block:
             rows = op.DequantizeLinear(codes, scale, axis=1, block_size=block)
-            return rows if len(shape) == 2 else op.Reshape(rows, op.Constant(value_ints=list(shape)))  # type: ignore[arg-type]
+            return rows if len(shape) == 2 else op.Reshape(rows, op.Constant(value_ints=list(shape)))
         return op.DequantizeLinear(codes, scale, axis=max(axis, 0))
 
     def fake_quantize(x, scale, zero_point):  # type: ignore[no-untyped-def]
