@@ -1,4 +1,4 @@
-"""Codebooks, companded weights and narrow formats in files: small where layers are small too, decoded and stored once."""
+"""Codebooks, companded weights and narrow formats in files: small where layers are small, decoded and stored once."""
 
 import copy
 from collections import Counter
@@ -82,7 +82,7 @@ def test_a_weight_that_layers_share_is_stored_once(target, form, tmp_path):
 def test_decoded_weights_are_no_rows_that_are_joined(tmp_path):
     """OpenVINO's fused kernels are off where matrices are added or multiplied: weights that are decoded are none."""
     openvino = pytest.importorskip("featherweight.targets.openvino")
-    model, x = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)).eval(), torch.randn(2, 16)
+    model, x = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)).eval(), torch.randn(2, 7, 16)
     workload = Workload(model, (x,), [(x,)], lambda predict: 0.0)
     targets.find("openvino").export(coded(model, "int8 on log"), workload, tmp_path)
     assert not openvino._joins_rows(openvino._core().read_model(tmp_path / "model.xml"))
