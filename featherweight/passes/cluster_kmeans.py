@@ -43,7 +43,7 @@ from featherweight.surgery import (
 from featherweight.workload import Workload
 
 WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-SAMPLE = 1 << 14  # values of a row among which the start is drawn: more change it little and take long
+SAMPLE = 64  # values of a row for each that the start draws from among them: more change it little and take long
 ROUNDS = 100  # of Lloyd's iterations at most; what 256 values gain after that is below a percent
 QUIETEST = 1e-3  # share of the mean input energy that every input counts with, silent ones too
 HALF_LOSES = 1e-3  # share of the largest value that half precision may move another by
@@ -116,7 +116,8 @@ def kmeans(
     counted = weights.double().gather(1, order)
     generator = torch.Generator().manual_seed(0)
     n = ordered.shape[1]
-    seen = torch.randint(n, (SAMPLE,), generator=generator) if n > SAMPLE else torch.arange(n)
+    sample = SAMPLE * count
+    seen = torch.randint(n, (sample,), generator=generator) if n > sample else torch.arange(n)
     centres = start(ordered[:, seen], counted[:, seen], count, generator)
     return settle(ordered, counted, centres).to(values.dtype) * size
 

@@ -25,39 +25,45 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from featherweight.encodings import Companded, magnitudes, nearest
+from featherweight.encodings import Companded, magnitudes
 from featherweight.passes import Pass
 from featherweight.settings import Choice
 from featherweight.surgery import dense_of, encode_smaller, groups_by_weight, leave_others, refuse_quantized, select
 from featherweight.workload import Workload
 
 KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Embedding)
-STRENGTHS = {"mu": (5.0, 20.0, 100.0), "power": (1.5, 2.0, 3.0), "log": (4.0, 7.0, 12.0)}
+STRENGTHS = {"mu": (2.0, 5.0, 20.0, 100.0), "power": (1.5, 2.0, 3.0), "log": (4.0, 7.0, 12.0)}
 SIZES = (1.0, 0.9, 0.8, 0.7, 0.6)  # of the scale, as shares of the largest weight: beyond it weights are clipped
 
 
 def best_scale(
-    rows: Float[Tensor, "rows n"], levels: Float[Tensor, " levels"]
+    ordered: Float[Tensor, "rows n"], levels: Float[Tensor, " levels"]
 ) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
-    """The scale of each row with which ± scale · levels meet it best, and the squared error that is left.
+    """The scale of each row with which scale · levels meet its magnitudes best, and the squared error that is left.
+
+    What is nearest to a level is a run of the ordered magnitudes, so the error follows from their running sums.
 
     Args:
-        rows: the weights.
-        levels: magnitudes, ascending from 0 to 1.
+        ordered: magnitudes of the weights, ascending in each row.
+        levels: magnitudes that codes stand for, ascending from 0 to 1.
 
-    >>> best_scale(torch.tensor([[0.0, 1.0, -4.0]]), levels=torch.tensor([0.0, 0.25, 1.0]))
+    >>> best_scale(torch.tensor([[0.0, 1.0, 4.0]]), levels=torch.tensor([0.0, 0.25, 1.0]))
     (tensor([4.]), tensor([0.]))
     """
-    largest = rows.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny * 256)
+    largest = ordered[:, -1:].clamp(min=torch.finfo(torch.float32).tiny * 256)
+    sums, squares = F.pad(ordered.cumsum(1), (1, 0)), ordered.square().sum(1, keepdim=True)
+    middle = (levels[1:] + levels[:-1]) / 2
     best, least = largest, torch.full_like(largest, torch.inf)
     for size in SIZES:
         scale = largest * size
-        shares = rows.abs() / scale
-        found = levels[nearest(shares.reshape(1, -1), levels.view(1, -1))].view(rows.shape)
-        error = ((found - shares) * scale).square().sum(1, keepdim=True)
+        inner = torch.searchsorted(ordered, scale * middle, right=True)
+        ends = F.pad(F.pad(inner, (1, 0)), (0, 1), value=ordered.shape[1])
+        met, count, moment = scale * levels, ends.diff(dim=1), sums.gather(1, ends).diff(dim=1)
+        error = squares + (met * (met * count - 2 * moment)).sum(1, keepdim=True)
         best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
     return best.squeeze(1), least.squeeze(1)
 
@@ -83,12 +89,13 @@ class CompandWeights(Pass):
 
     def _encoding(self, group: Mapping[str, nn.Module]) -> Companded:
         weight = dense_of(next(iter(group.values())))
+        ordered = weight.double().abs().flatten(1).sort(dim=1).values  # in double, for small differences of large sums
         least, chosen = torch.inf, None
         for curve in STRENGTHS if self.curve == "auto" else (self.curve,):
             for strength in STRENGTHS[curve]:
-                scale, error = best_scale(weight.flatten(1), magnitudes(curve, strength, self.bits).to(weight))
+                scale, error = best_scale(ordered, magnitudes(curve, strength, self.bits).double())
                 if chosen is None or float(error.sum()) < least:
                     least, chosen = float(error.sum()), (scale, curve, strength)
         assert chosen is not None
         scale, curve, strength = chosen
-        return Companded(weight, scale, curve=curve, strength=strength, bits=self.bits)
+        return Companded(weight, scale.to(weight.dtype), curve=curve, strength=strength, bits=self.bits)
