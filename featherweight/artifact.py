@@ -377,15 +377,15 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def _int8_layers(model: nn.Module) -> int:
-    """How many layers have both their inputs and their weights in 8 bits, and so should run in int8."""
-    from featherweight.encodings import Affine
+    """How many layers have both their inputs and their weights in bytes, and so should run in int8."""
+    from featherweight.encodings import PACKED_BITS, Affine
     from featherweight.surgery import encoding_of, input_quantizer
 
     found = 0
     for layer in model.modules():
         if input_quantizer(layer) is not None:
             encoding = encoding_of(layer)
-            found += isinstance(encoding, Affine) and encoding.bits == 8 and not encoding.block
+            found += isinstance(encoding, Affine) and encoding.bits > PACKED_BITS and not encoding.block
     return found
 
 

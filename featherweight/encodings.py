@@ -5,8 +5,8 @@ computed from what is really stored. The dense original is gone. Each encoding d
 library `featherweight`, which survives `torch.export`, so that a target sees what is stored and not what was
 computed from it. Which scale or code is best is a pass's affair; which layer carries it, `surgery`'s.
 
-`Affine`:  ŵ = s · q,  q whole, −2^(b−1) ≤ q < 2^(b−1), one s per tensor, per slice of an axis or per block
-(Jacob et al. 2018, arXiv:1712.05877, equation 1, with zero point 0).
+`Affine`:  ŵ = s · q,  q whole of 2 to 8 bits, −2^(b−1) ≤ q < 2^(b−1), one s per tensor, per slice of an axis or per
+block (Jacob et al. 2018, arXiv:1712.05877, equation 1, with zero point 0).
 `Codebook`:  ŵ = t[q], one table t for all weights or one for each index of axis 0
 (Han, Mao, Dally 2016, arXiv:1510.00149, section 3.1).
 `Companded`:  ŵ = s · sign(q) · g(|q| / (2^(b−1) − 1)), g the inverse of the curve whose values are stored, one s per
@@ -24,6 +24,9 @@ from abc import abstractmethod
 import torch
 from jaxtyping import Float, Int8, Int64, Shaped, UInt8
 from torch import Tensor, nn
+
+PACKED_BITS = 4  # codes of so many bits or fewer are stored two to a byte, others one
+SMALLEST_BLOCK = 16  # weights; below it the scales weigh more than the codes save
 
 # ------------------------------------------------------------------------------------------------ operators
 
@@ -70,13 +73,13 @@ def dequantize(codes: Tensor, scale: Tensor, shape: list[int], axis: int, block:
     """Codes times their scales, as a dense tensor of `shape`.
 
     Args:
-        codes: int8 of `shape` for 8 bits; the bytes of `pack4` for 4.
+        codes: int8 of `shape` for 5 to 8 bits; the bytes of `pack4` for 2 to 4.
         scale: () for axis −1; (shape[axis],) without blocks; (shape[0], rest / block) with them.
         axis: the dimension that has one scale a slice; −1 for one scale in all; 0 with blocks.
         block: how many consecutive codes of a row share a scale; 0 for none.
-        bits: 8 or 4.
+        bits: 2 to 8.
     """
-    if bits == 4:
+    if bits <= PACKED_BITS:
         count = 1
         for size in shape:
             count *= size
@@ -199,53 +202,71 @@ class _Projected(torch.autograd.Function):
 
 
 class Affine(Encoding):
-    """Whole codes of 8 or 4 bits times a scale per tensor, per slice of `axis` or per block of a row.
+    """Whole codes of 2 to 8 bits times a scale per tensor, per slice of `axis` or per block of a row.
+
+    Up to 4 bits two codes are stored to a byte, from 5 on one: a file of 3 bits is as large as one of 4, and one of 5
+    as large as one of 8, unless something compresses the codes further.
 
     Where `mask` is given, weights outside it stay zero through training. It is not stored: codes say zero already.
+    Where `columns` is given, (in,), what is decoded is multiplied by it along dimension 1, at the price of a
+    multiplication wherever the runtime decodes the weight.
     """
 
     codes: Tensor
     scale: Tensor
+    columns: Tensor | None
     mask: Tensor | None
 
-    def __init__(self, dense: Tensor, scale: Tensor, *, bits: int, axis: int = 0, block: int = 0) -> None:
+    def __init__(
+        self,
+        dense: Tensor,
+        scale: Tensor,
+        *,
+        bits: int,
+        axis: int = 0,
+        block: int = 0,
+        columns: Tensor | None = None,
+    ) -> None:
         """Codes are the nearest to `dense` on the grid of `scale`; see `dequantize` for the shapes."""
         super().__init__()
         self.bits, self.axis, self.block = bits, axis, block
         self.shape = tuple(dense.shape)
         self.register_buffer("scale", scale.detach().clone())
+        wide = None if columns is None else columns.detach().view(1, -1, *[1] * (dense.dim() - 2)).clone()
+        self.register_buffer("columns", wide)
         self.register_buffer("codes", torch.empty(0, dtype=torch.int8))
         self.mask = None  # no buffer: an exported program would hold it
         self.store(dense.detach())
 
     def _round(self, dense: Tensor) -> Tensor:
-        top = 2 ** (self.bits - 1) - 1
-        low = -top if self.bits == 8 else -top - 1
         scales = spread(self.scale, self.shape, self.axis, self.block)
         kept = dense if self.mask is None else dense * self.mask
-        return (grouped(kept, self.block) / scales).round_().clamp_(low, top)
+        kept = kept if self.columns is None else kept / self.columns
+        return (grouped(kept, self.block) / scales).round_().clamp_(*grid(self.bits))
 
     def store(self, dense: Tensor) -> None:
-        codes = self._round(dense).to(torch.int8).reshape(self.shape)
-        self.codes = pack4(codes) if self.bits == 4 else codes
+        codes = self._round(dense).to(torch.int8).reshape(self.shape).contiguous()
+        self.codes = pack4(codes) if self.bits <= PACKED_BITS else codes
 
     def project(self, dense: Tensor) -> Tensor:
         scales = spread(self.scale, self.shape, self.axis, self.block)
-        return self._round(dense).mul_(scales).reshape(self.shape)
+        rounded = self._round(dense).mul_(scales).reshape(self.shape)
+        return rounded if self.columns is None else rounded * self.columns
 
     def decode(self) -> Tensor:
-        return torch.ops.featherweight.dequantize(
+        dense = torch.ops.featherweight.dequantize(
             self.codes, self.scale, list(self.shape), self.axis, self.block, self.bits
         )
+        return dense if self.columns is None else dense * self.columns
 
     @property
     def bits_per_weight(self) -> float:
-        stored = self.codes.numel() * self.codes.element_size() + self.scale.numel() * self.scale.element_size()
-        return 8 * stored / max(1, torch.Size(self.shape).numel())
+        stored = [tensor for tensor in (self.codes, self.scale, self.columns) if tensor is not None]
+        return 8 * sum(tensor.nbytes for tensor in stored) / max(1, torch.Size(self.shape).numel())
 
     def describe(self) -> str:
         grain = f"blocks of {self.block}" if self.block else "per tensor" if self.axis < 0 else "per channel"
-        return f"int{self.bits} {grain}"
+        return f"int{self.bits} {grain}{'' if self.columns is None else ', columns scaled'}"
 
 
 class InputQuantizer(nn.Module):
@@ -273,30 +294,51 @@ class DynamicQuantizer(nn.Module):
         return torch.ops.featherweight.dynamic_quantize(x)
 
 
+def grid(bits: int) -> tuple[int, int]:
+    """The smallest and the largest code of `Affine`. Those of 8 bits lie alike round zero, as int8 kernels want them.
+
+    >>> grid(8), grid(4), grid(2)
+    ((-127, 127), (-8, 7), (-2, 1))
+    """
+    top = 2 ** (bits - 1) - 1
+    return (-top if bits == 8 else -top - 1), top
+
+
+def fitting_block(row: int, block: int) -> int:
+    """The largest divisor of `row` that is no larger than `block`; 0 (no blocks) where that is under 16.
+
+    >>> fitting_block(384, 128), fitting_block(27, 32), fitting_block(17, 8), fitting_block(96, 64)
+    (128, 27, 0, 48)
+    """
+    best = max(size for size in range(1, min(row, max(block, 1)) + 1) if row % size == 0)
+    return best if best >= SMALLEST_BLOCK else 0
+
+
 def affine_scale(
     dense: Float[Tensor, "*shape"], bits: int, axis: int, block: int = 0, search: bool = False
 ) -> Float[Tensor, "*scales"]:
     """The scale of `Affine` for `dense`: from its largest magnitudes, or the one with the least squared error.
 
-    The search tries the scale that covers everything and 40 smaller ones, down to 40 % of it, so that a few large
-    weights may be clipped for the sake of the many (Banner et al. 2019, arXiv:1810.05723, in spirit).
+    The search tries the scale that covers everything and 40 smaller ones, down to 40 % of it (10 % for 2 and 3 bits),
+    so that a few large weights may be clipped for the sake of the many (Banner et al. 2019, arXiv:1810.05723, in
+    spirit).
 
     Args:
         dense: the weights.
-        bits: 8 or 4.
+        bits: 2 to 8.
         axis: -1 for one scale in all, else the dimension with one scale a slice; 0 with blocks.
         block: consecutive weights of a row that share a scale; must divide the row. 0 for none.
         search: whether to search.
     """
     rows = _rows(dense, axis, block)
-    top = 2 ** (bits - 1) - 1
-    low = -top if bits == 8 else -top - 1
+    low, top = grid(bits)
     full = rows.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny * 256) / top
     best = full
     if search:
         error = _rounding_error(rows, full, low, top)
+        smaller = 0.015 if bits >= 4 else 0.0225
         for step in range(1, 41):
-            scale = full * (1 - 0.015 * step)
+            scale = full * (1 - smaller * step)
             trial = _rounding_error(rows, scale, low, top)
             best = torch.where(trial < error, scale, best)
             error = torch.minimum(error, trial)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-import featherweight.encodings  # noqa: F401  (registers the operators of the library `featherweight`)
+from featherweight.encodings import PACKED_BITS  # its module registers the operators of the library `featherweight`
 
 FLOAT_OUTPUT: tuple[Any, ...] = (
     1.0,
@@ -157,7 +157,10 @@ def _replace(program: fx.GraphModule, node: Any, kind: Callable[..., Int8Layer])
     library = torch.ops.featherweight
     if getattr(rounded, "target", None) is not library.fake_quantize.default:
         return
-    if getattr(weight, "target", None) is not library.dequantize.default or tuple(weight.args[3:]) != (0, 0, 8):
+    if getattr(weight, "target", None) is not library.dequantize.default:
+        return
+    axis, block, bits = weight.args[3:]
+    if (axis, block) != (0, 0) or bits <= PACKED_BITS:
         return
     x, *quantizer = rounded.args
     x_scale, x_zero = (_constant(program, argument).item() for argument in quantizer)
@@ -172,7 +175,13 @@ def _replace(program: fx.GraphModule, node: Any, kind: Callable[..., Int8Layer])
 
 def _decode_once(program: fx.GraphModule, node: Any) -> None:
     arguments = [_constant(program, value) if isinstance(value, fx.Node) else value for value in node.args]
+    dense, last = node.target(*arguments), node
+    (*others, user) = node.users
+    if not others and user.target is torch.ops.aten.mul.Tensor and user.args[0] is node:
+        columns = _constant(program, user.args[1])
+        if columns is not None:
+            dense, last = dense * columns, user
     name = f"decoded_{node.name}"
-    program.register_buffer(name, node.target(*arguments))
-    with program.graph.inserting_before(node):
-        node.replace_all_uses_with(program.graph.get_attr(name))
+    program.register_buffer(name, dense)
+    with program.graph.inserting_before(last):
+        last.replace_all_uses_with(program.graph.get_attr(name))

@@ -1,9 +1,9 @@
 """From a compressed torch module to an ONNX graph, for the targets that read one.
 
-Encoded weights become `DequantizeLinear` on integer initializers (4-bit ones in ONNX's own INT4 and UINT4), look-ups
-in a table, or arithmetic that undoes a curve or a scale, and stay so in the file; quantized inputs become
-`QuantizeLinear` / `DequantizeLinear` pairs. What a runtime wants beyond the standard is the affair of its target;
-nothing here runs a graph. onnx, onnxscript and onnx_ir are imported where used.
+Encoded weights become `DequantizeLinear` on integer initializers (those of 2 to 4 bits in ONNX's own INT4 and UINT4,
+those of 5 to 8 in INT8 and UINT8), look-ups in a table, or arithmetic that undoes a curve or a scale, and stay so in
+the file; quantized inputs become `QuantizeLinear` / `DequantizeLinear` pairs. What a runtime wants beyond the standard
+is the affair of its target; nothing here runs a graph. onnx, onnxscript and onnx_ir are imported where used.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from featherweight.encodings import Affine, Codebook, Companded, Scaled, unpack4, unpack_unsigned4
+from featherweight.encodings import PACKED_BITS, Affine, Codebook, Companded, Scaled, unpack4, unpack_unsigned4
 from featherweight.errors import ExportError
 from featherweight.surgery import encodings, trace
 from featherweight.workload import Workload, input_names
@@ -123,16 +123,19 @@ def _store_encoded(graph_model: onnx_ir.Model, model: nn.Module) -> None:
 
     names = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
     for encoding in encodings(model).values():
-        if not isinstance(encoding, Affine) or (encoding.bits == 8 and not encoding.block):
+        if not isinstance(encoding, Affine):
+            continue
+        packed = encoding.bits <= PACKED_BITS
+        if not packed and not encoding.block:
             continue
         value = graph_model.graph.initializers.get(f"{names[id(encoding)]}.codes")
         if value is None:
             continue
         count = torch.Size(encoding.shape).numel()
-        codes = unpack4(encoding.codes, count) if encoding.bits == 4 else encoding.codes
+        codes = unpack4(encoding.codes, count) if packed else encoding.codes
         shape = (encoding.shape[0], -1) if encoding.block else encoding.shape
         array = codes.reshape(shape).numpy()
-        if encoding.bits == 4:
+        if packed:
             import ml_dtypes
 
             array = array.astype(ml_dtypes.int4)

@@ -22,7 +22,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -400,9 +400,8 @@ def _scaled(weight: Tensor, narrow: str, most: float) -> Scaled:
 
 # Every stored form by a name, with the share of the bytes of a dense file that it may take.
 FORMS: dict[str, tuple[float, Callable[[Tensor], Encoding]]] = {
-    "int8": (0.3, lambda weight: _affine(weight, 8)),
-    "int4": (0.2, lambda weight: _affine(weight, 4)),
-    "int4 blocks": (0.25, lambda weight: _affine(weight, 4, 16)),
+    **{f"int{b}": (0.2 if b <= 4 else 0.3, partial(_affine, bits=b)) for b in range(2, 9)},
+    **{f"int{b} blocks": (0.25 if b <= 4 else 0.35, partial(_affine, bits=b, block=16)) for b in (3, 4, 6)},
     "codebook of 16": (0.2, lambda weight: _codebook(weight, 16)),
     "codebook of 200": (0.3, lambda weight: _codebook(weight, 200)),
     "codebook per channel": (0.2, lambda weight: _codebooks(weight, 16)),
@@ -418,21 +417,24 @@ FORMS: dict[str, tuple[float, Callable[[Tensor], Encoding]]] = {
 
 
 def _encoded(network: str, what: str) -> nn.Module:
-    """The network with all its weights, and its linear and convolutional layers' inputs, encoded as `what` says."""
+    """The network with all its weights, and its linear and convolutional layers' inputs, encoded as `what` says.
+
+    That is `int` and the bits, then nothing or `blocks`, `static` or `dynamic`.
+    """
     model, workload = copy.deepcopy(networks()[network].model), networks()[network]
     weighted = surgery.select(model, "*", (nn.Conv2d, nn.Linear))
     ranges: dict[str, tuple[float, float]] = {}
     surgery.watch_inputs(
         model, weighted, workload.calibration, lambda name, x: ranges.update({name: (float(x.min()), float(x.max()))})
     )
-    names = list(FORMS) if what == "one of each form" else [what if what in FORMS else "int8"]
+    names = list(FORMS) if what == "one of each form" else [what if what in FORMS else what.split()[0]]
     layers = surgery.select(model, "*", (nn.Conv2d, nn.Linear, nn.Embedding))
     for (name, layer), form in zip(layers.items(), cycle(names)):
         weight = layer.weight.detach()  # type: ignore[operator]
         surgery.encode(layer, FORMS[form][1](weight))
-        if what == "int8 static" and name in weighted:
+        if what.endswith("static") and name in weighted:
             surgery.quantize_input(layer, InputQuantizer(*ranges[name]))
-        if what == "int8 dynamic" and isinstance(layer, nn.Linear):
+        if what.endswith("dynamic") and isinstance(layer, nn.Linear):
             surgery.quantize_input(layer, DynamicQuantizer())
     return model
 
@@ -455,7 +457,13 @@ class TargetContract:
         found = target.load(tmp_path, 1)([tensor.numpy() for tensor in tensors(batch)])
         assert relative_error(found, run(workload.model, batch)) < 1e-4
 
-    @pytest.mark.parametrize("what", ["int8", "int4", "int4 blocks", "int8 static", "int8 dynamic", "one of each form"])
+    @pytest.mark.parametrize(
+        "what",
+        [
+            *("int8", "int4", "int4 blocks", "int8 static", "int8 dynamic", "one of each form"),
+            *("int2", "int3 blocks", "int6 blocks", "int7", "int5 static", "int6 dynamic"),
+        ],
+    )
     def test_runs_encoded_networks_as_torch_does(self, target: Target, network: str, what: str, tmp_path: Path) -> None:
         check_export(target, _encoded(network, what), networks()[network], tmp_path)
 

@@ -1,6 +1,7 @@
 """Encodings: what is stored, what comes back, what gradients see, and what a file holds."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from featherweight.encodings import (
     affine_scale,
     expanded,
     fake_quantize,
+    grid,
     magnitudes,
     nearest,
     pack4,
@@ -30,6 +32,7 @@ from featherweight.encodings import (
 from featherweight.surgery import encode, encoding_of, thawed
 
 GRAINS = {"per tensor": (-1, 0), "per row": (0, 0), "per column": (1, 0), "blocks": (0, 16)}
+WIDTHS = range(2, 9)
 
 
 def affine(weight: torch.Tensor, bits: int, grain: str) -> Affine:
@@ -51,7 +54,7 @@ def test_four_bit_codes_come_back_in_half_the_bytes(codes):
 
 
 @pytest.mark.parametrize("grain", GRAINS)
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", WIDTHS)
 def test_the_error_is_half_a_step_at_most(bits, grain):
     weight = torch.randn(6, 64)
     encoding = affine(weight, bits, grain)
@@ -65,7 +68,7 @@ def test_the_error_is_half_a_step_at_most(bits, grain):
 
 
 @pytest.mark.parametrize("grain", GRAINS)
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", WIDTHS)
 def test_what_is_on_the_grid_stays_where_it_is(bits, grain):
     encoding = affine(torch.randn(6, 64), bits, grain)
     dense, codes = encoding.decode(), encoding.codes.clone()
@@ -94,10 +97,43 @@ def test_searching_a_scale_clips_for_the_sake_of_the_many():
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (3, 2, 3, 3), (5, 1, 3), (2, 3, 2, 2, 2)])
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", WIDTHS)
 def test_any_shape_of_weight(bits, shape):
     weight = torch.randn(shape)
     assert Affine(weight, affine_scale(weight, bits, 0), bits=bits).decode().shape == shape
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_codes_keep_to_their_grid_and_use_all_of_it(bits):
+    weight = torch.linspace(-1, 1, 2000).view(4, 500)
+    encoding = Affine(weight, torch.tensor(2.0 / 2**bits), bits=bits, axis=-1)
+    codes = (encoding.decode() / encoding.scale).round().int()
+    assert (int(codes.min()), int(codes.max())) == grid(bits)
+    assert codes.unique().numel() == grid(bits)[1] - grid(bits)[0] + 1
+
+
+def test_each_bit_more_is_closer():
+    weight = torch.randn(8, 512)
+    errors = [float((affine(weight, bits, "per row").decode() - weight).square().mean()) for bits in WIDTHS]
+    assert all(finer < coarser / 3 for coarser, finer in pairwise(errors))
+
+
+def test_up_to_four_bits_are_stored_two_to_a_byte_and_others_one():
+    stored = {bits: affine(torch.randn(6, 64), bits, "per tensor").codes.nbytes for bits in WIDTHS}
+    assert stored == {2: 192, 3: 192, 4: 192, 5: 384, 6: 384, 7: 384, 8: 384}
+
+
+def test_columns_that_are_stretched_are_rounded_finer():
+    weight, columns = torch.randn(16, 64), torch.ones(64)
+    columns[5] = 1 / 8
+    scale = affine_scale(weight / columns, 4, 0)
+    plain = affine(weight, 4, "per row")
+    stretched = Affine(weight, scale, bits=4, columns=columns)
+    errors = [(encoding.decode() - weight).square().mean(0) for encoding in (plain, stretched)]
+    assert errors[1][5] < errors[0][5] / 4
+    assert errors[1].mean() > errors[0].mean()  # the others pay for it
+    assert stretched.bits_per_weight == plain.bits_per_weight + 32 * 64 / weight.numel()
+    assert stretched.describe() == "int4 per channel, columns scaled"
 
 
 def test_a_weight_of_zeros():
@@ -223,6 +259,7 @@ def test_zeros_of_a_mask_stay_zero_in_other_forms_too(which):
 
 
 def encodings_of(weight: torch.Tensor) -> list[Encoding]:
+    columns = torch.linspace(0.5, 2, weight.shape[1])
     shares = torch.linspace(0, 1, 16)
     largest = weight.detach().abs().amax(1)
     return [
@@ -236,10 +273,12 @@ def encodings_of(weight: torch.Tensor) -> list[Encoding]:
         Companded(weight, largest, curve="log", strength=7.0, bits=8),
         Scaled(weight, largest / 300, narrow="float8"),
         Scaled(weight, largest.max() / 127, narrow="int8"),
+        affine(weight, 3, "blocks"),
+        Affine(weight, affine_scale(weight / columns, 6, 0), bits=6, columns=columns),
     ]
 
 
-COUNT = 10
+COUNT = 12
 
 
 @pytest.mark.parametrize("which", range(COUNT))
@@ -302,7 +341,7 @@ def test_masked_weights_stay_zero_under_an_optimizer_with_momentum_and_decay():
     assert Masked(torch.ones(4), torch.tensor([True, False, False, False])).bits_per_weight == 32
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 4, 2])
 def test_zeros_of_a_mask_stay_zero_under_rounding_too(bits):
     layer = nn.Linear(32, 4)
     mask = torch.rand(4, 32) > 0.5

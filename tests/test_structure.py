@@ -28,6 +28,7 @@ LAYERS = (
         "coupling",
         "channel_rules",
         "damage",
+        "gram",
         "int8",
         "masks",
         "low_rank",

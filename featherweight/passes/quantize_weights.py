@@ -1,9 +1,11 @@
-"""Weights as whole numbers of 8 or 4 bits; arithmetic stays in floats.
+"""Weights as whole numbers of 2 to 8 bits; arithmetic stays in floats.
 
     ŵ = s · clamp(round(w / s), −2^(b−1), 2^(b−1) − 1)
 
 with one s for each output channel or each block of consecutive weights of a row. Smaller files, and faster where
-reading weights takes the time. Activations are left alone: see `quantize_static` and `quantize_dynamic`.
+reading weights takes the time. Up to 4 bits two codes are stored to a byte, from 5 on one: 3 bits make no file smaller
+than 4 do, nor 5 to 7 than 8, until something compresses the codes. Activations are left alone: see `quantize_static`
+and `quantize_dynamic`.
 
 Source: Jacob et al. 2018, arXiv:1712.05877, equation 1; blocks: Dettmers et al. 2022, arXiv:2110.02861, section 2.1.
 """
@@ -15,9 +17,9 @@ from typing import Annotated
 
 from torch import Tensor, nn
 
-from featherweight.encodings import Affine, affine_scale
+from featherweight.encodings import Affine, affine_scale, fitting_block
 from featherweight.passes import Pass
-from featherweight.settings import Choice
+from featherweight.settings import Choice, Range
 from featherweight.surgery import (
     dense_of,
     done,
@@ -31,22 +33,11 @@ from featherweight.surgery import (
 from featherweight.workload import Workload
 
 KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Embedding)
-SMALLEST_BLOCK = 16  # below it the scales weigh more than the codes save
-
-
-def fitting_block(row: int, block: int) -> int:
-    """The largest divisor of `row` that is no larger than `block`; 0 (no blocks) where that is under 16.
-
-    >>> fitting_block(384, 128), fitting_block(27, 32), fitting_block(17, 8), fitting_block(96, 64)
-    (128, 27, 0, 48)
-    """
-    best = max(size for size in range(1, min(row, max(block, 1)) + 1) if row % size == 0)
-    return best if best >= SMALLEST_BLOCK else 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeWeights(Pass):
-    """Stores the weights of convolutions, linear layers and embeddings as 8- or 4-bit whole numbers.
+    """Stores the weights of convolutions, linear layers and embeddings as whole numbers of 2 to 8 bits.
 
     Args:
         bits: of each weight.
@@ -55,7 +46,7 @@ class QuantizeWeights(Pass):
         search: whether scales minimise the squared error (else they cover the largest weight).
     """
 
-    bits: Annotated[int, Choice(8, 4)] = 8
+    bits: Annotated[int, Range(2, 8)] = 8
     block: Annotated[int, Choice(0, 32, 64, 128)] = 0
     search: bool = True
 

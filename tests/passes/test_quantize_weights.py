@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from featherweight import targets
 from featherweight.artifact import count_parameters
-from featherweight.passes.distill_soft import DistillSoft, trainable
+from featherweight.passes.distill_soft import DistillSoft
 from featherweight.passes.quantize_weights import QuantizeWeights
 from featherweight.surgery import encoding_of, recording, thawed
+from featherweight.training import trainable
 from featherweight.workload import Workload
 
 
@@ -41,13 +43,37 @@ def test_eight_bits_beat_four(weight):
     assert error_of(weight, bits=8) < error_of(weight, bits=4) / 50
 
 
-@pytest.mark.parametrize(("bits", "block", "stored"), [(8, 0, 8.2), (4, 0, 4.2), (4, 32, 5.0), (4, 128, 4.3)])
+@pytest.mark.parametrize(
+    ("bits", "block", "stored"),
+    [(8, 0, 8.2), (6, 0, 8.2), (4, 0, 4.2), (4, 32, 5.0), (4, 128, 4.3), (3, 0, 4.2), (2, 128, 4.3)],
+)
 def test_bits_that_are_stored(weight, bits, block, stored):
     layer = nn.Sequential(nn.Linear(256, 32))
     example = torch.randn(2, 256)
     workload = Workload(copy.deepcopy(layer).eval(), (example,), [(example,)], lambda predict: 0.0)
     changed = QuantizeWeights(bits=bits, block=block).apply(layer, workload)
     assert encoding_of(changed[0]).bits_per_weight <= stored
+
+
+def test_searching_pays_most_where_bits_are_few(weight):
+    gains = [error_of(weight, bits=bits, search=False) / error_of(weight, bits=bits) for bits in (8, 4, 3, 2)]
+    assert gains == sorted(gains)
+    assert gains[-1] > 2
+
+
+@pytest.mark.parametrize("target", targets.installed())
+def test_files_are_as_large_as_what_holds_their_codes(target, tmp_path):
+    model = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256)).eval()
+    workload = Workload(model, (torch.randn(2, 256),), [(torch.randn(2, 256),)], lambda predict: 0.0)
+    sizes = {}
+    for bits in range(2, 9):
+        (tmp_path / str(bits)).mkdir()
+        rounded = QuantizeWeights(bits=bits).apply(copy.deepcopy(model), workload)
+        targets.find(target).export(rounded, workload, tmp_path / str(bits))
+        sizes[bits] = sum(path.stat().st_size for path in (tmp_path / str(bits)).iterdir())
+    assert sizes[2] == sizes[3] == sizes[4]
+    assert sizes[5] == sizes[6] == sizes[7] == sizes[8]
+    assert sizes[8] - sizes[4] == pytest.approx(256 * 256, rel=0.05)
 
 
 def test_rows_of_one_weight_are_left_with_the_reason():
@@ -67,7 +93,7 @@ def tied() -> Workload:
     return Workload(model, (ids,), [(ids,)], lambda predict: 0.0)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 4, 3])
 def test_a_weight_that_layers_share_is_stored_and_trained_once(bits):
     workload = tied()
     after = QuantizeWeights(bits=bits).apply(copy.deepcopy(workload.model), workload)

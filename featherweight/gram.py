@@ -1,0 +1,154 @@
+"""What layers read, as rows of a matrix X, and their Gram matrix XᵀX / n: what rounding a weight does to outputs.
+
+A linear layer says X·Wᵀ, so that a change E of its weight moves the outputs by the mean square of X·Eᵀ, which is
+trace(E · XᵀX / n · Eᵀ): the inputs themselves need not be kept. A convolution is a linear layer that reads patches,
+one of each group of its channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from featherweight.errors import WorkloadError
+from featherweight.int8 import edges
+from featherweight.surgery import watch_inputs
+from featherweight.workload import Batch, Workload
+
+SAMPLE = 1 << 14  # rows kept of what a layer reads, over all batches: patches overlap and say much the same
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def patches(
+    x: Float[Tensor, "n channels *size"], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> Float[Tensor, "n ..."]:
+    """A view of all that a convolution without padding reads: (n, *places, channels, *kernel).
+
+    >>> patches(torch.arange(4.0).view(1, 1, 4), kernel=(2,), stride=(1,), dilation=(2,)).squeeze()
+    tensor([[0., 2.],
+            [1., 3.]])
+    """
+    for dim, (size, step, apart) in enumerate(zip(kernel, stride, dilation, strict=True), start=2):
+        x = x.unfold(dim, apart * (size - 1) + 1, step)[..., ::apart]
+    return x.movedim(1, 1 + len(kernel))
+
+
+def sampled(x: Float[Tensor, "*shape"], leading: int, most: int, rng: torch.Generator) -> Float[Tensor, "rows ..."]:
+    """At most `most` of the entries of `x` along its first `leading` dimensions, at random and without repeats."""
+    sizes = x.shape[:leading]
+    if prod(sizes) <= most:
+        return x.reshape(-1, *x.shape[leading:])
+    chosen = torch.randperm(prod(sizes), generator=rng)[:most].to(x.device)
+    return x[torch.unravel_index(chosen, sizes)]
+
+
+def rows_read(layer: nn.Module, x: Tensor, most: int, rng: torch.Generator) -> Float[Tensor, "groups rows in"]:
+    """At most `most` of the vectors that the rows of `layer.weight.flatten(1)` are multiplied with, when it reads `x`.
+
+    Args:
+        layer: a linear layer (one group) or a convolution.
+    """
+    if isinstance(layer, nn.Linear):
+        return sampled(x.reshape(-1, x.shape[-1]), 1, most, rng).unsqueeze(0)
+    assert isinstance(layer, CONVOLUTIONS)
+    places = len(layer.kernel_size)
+    x = x if x.dim() == places + 2 else x.unsqueeze(0)
+    border, both = edges(layer.padding, layer.kernel_size, layer.dilation)
+    pads = border or [size for size in reversed(both) for _ in range(2)]
+    if any(pads):
+        x = F.pad(x, pads, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
+    seen = sampled(patches(x, layer.kernel_size, layer.stride, layer.dilation), 1 + places, most, rng)
+    return seen.reshape(len(seen), layer.groups, -1).transpose(0, 1)
+
+
+@dataclass
+class Gram:
+    """Sums over the rows that one weight was multiplied with."""
+
+    most: int  # rows of each call
+    products: Tensor | float = 0.0  # (groups, in, in)
+    magnitudes: Tensor | float = 0.0  # (groups, in)
+    count: int = 0
+    rng: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+
+    def add(self, layer: nn.Module, x: Tensor) -> None:
+        """Takes in what `layer` reads when it is called with `x`."""
+        rows = rows_read(layer, x, self.most, self.rng).float()
+        self.products = self.products + rows.transpose(1, 2) @ rows
+        self.magnitudes = self.magnitudes + rows.abs().sum(1)
+        self.count += rows.shape[1]
+
+    def mean(self) -> Tensor:
+        """XᵀX / n, (groups, in, in)."""
+        return torch.as_tensor(self.products) / self.count
+
+    def magnitude(self) -> Tensor:
+        """The mean magnitude of each input, (groups, in)."""
+        return torch.as_tensor(self.magnitudes) / self.count
+
+
+class _SeenAll(Exception):
+    """All that was waited for has been called, so the rest of the network need not run."""
+
+
+def grams(
+    model: nn.Module, layers: Mapping[str, nn.Module], workload: Workload, calls: Mapping[str, int] | None = None
+) -> dict[str, Gram]:
+    """The sums for each of `layers` over the calibration batches; layers that are never called have none.
+
+    Args:
+        calls: how often each layer is called in one run of the network. Where it is known, a run ends with the last
+            of these calls.
+
+    Raises:
+        WorkloadError: a layer read values that are NaN or infinite.
+    """
+    most = max(1, SAMPLE // len(workload.calibration))
+    found: dict[str, Gram] = {}
+    for batch in workload.calibration:
+        waiting = dict(calls or {})
+
+        def observe(name: str, x: Tensor, waiting: dict[str, int] = waiting) -> None:
+            found.setdefault(name, Gram(most)).add(layers[name], x)
+            if waiting:
+                waiting[name] -= 1
+                if not any(count > 0 for count in waiting.values()):
+                    raise _SeenAll
+
+        with suppress(_SeenAll):
+            watch_inputs(model, layers, [batch], observe)
+    for name, gram in found.items():
+        if not torch.as_tensor(gram.products).isfinite().all():
+            raise WorkloadError(
+                f"{name!r} read NaN or infinite values on the calibration data, by which no error can be weighed. "
+                f"Look for such values in the batches, or leave the layer out with where: '!{name}'."
+            )
+    return found
+
+
+def reading_order(
+    model: nn.Module, layers: Mapping[str, nn.Module], example: Batch
+) -> tuple[list[list[str]], dict[str, int]]:
+    """The names of `layers` in the order of their first calls, those that first read the same tensor together.
+
+    Also how often each is called. Layers that are never called are missing from both.
+    """
+    held: list[Tensor] = []
+    calls: dict[str, int] = {}
+    together: dict[tuple[object, ...], list[str]] = {}
+
+    def observe(name: str, x: Tensor) -> None:
+        held.append(x)  # memory that is freed is taken by other tensors, which would look the same
+        if name not in calls:
+            together.setdefault((x.data_ptr(), x.shape, x.stride(), x._version), []).append(name)
+        calls[name] = calls.get(name, 0) + 1
+
+    watch_inputs(model, layers, [example], observe)
+    return list(together.values()), calls

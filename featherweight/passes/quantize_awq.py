@@ -1,0 +1,130 @@
+"""AWQ: weights that read loud inputs are stretched before they are rounded, and shrunk again after.
+
+    ŵ_ij = Q(w_ij · s_j) / s_j,   s_j = (mean |x_j|)^α
+
+A stretched weight is rounded by steps that are finer for it, so that the inputs which say most of the output are
+multiplied with better weights, at the cost of the others. The power α, from 0 (plain rounding) to 1, is the one of
+eleven with the least error of the layer's output on calibration data. The authors fold 1 / s into the operator before
+the layer, which not every operator can take; here it is part of the stored weight, one float for each input channel
+and a multiplication wherever the runtime decodes the weight. Their search for clipping is left out but for that of
+the scales. Grouped convolutions, embeddings and layers that calibration data never calls are rounded as they are.
+
+Source: Lin, Tang, Tang, Yang, Dang, Gan, Han 2023, arXiv:2306.00978, section 3.2, equations 4 and 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from featherweight.encodings import Affine, affine_scale, fitting_block
+from featherweight.gram import CONVOLUTIONS, Gram, grams
+from featherweight.passes import Pass
+from featherweight.settings import Choice, Range
+from featherweight.surgery import (
+    dense_of,
+    done,
+    encode,
+    groups_by_weight,
+    leave_others,
+    left,
+    refuse_quantized,
+    select,
+)
+from featherweight.workload import Workload
+
+WEIGHTED = (*CONVOLUTIONS, nn.Linear)
+POWERS = [0.1 * step for step in range(11)]
+QUIETEST = 1e-4  # share of the mean magnitude below which no input counts as quieter
+
+
+def stretches(magnitude: Float[Tensor, " channels"], power: float) -> Float[Tensor, " channels"]:
+    """The factor of each input channel, `magnitude` to a power, with the largest as far above 1 as the smallest below.
+
+    >>> stretches(torch.tensor([1.0, 16.0]), power=0.5)
+    tensor([0.5000, 2.0000])
+    """
+    mean = magnitude.mean().clamp(min=torch.finfo(magnitude.dtype).tiny * 256)
+    factors = (magnitude / mean).clamp(min=QUIETEST).pow(power)
+    return factors / (factors.max() * factors.min()).sqrt()
+
+
+def output_error(change: Float[Tensor, "out in"], gram: Float[Tensor, "in in"]) -> float:
+    """The mean square of what a change of the weight does to the outputs, summed over them.
+
+    >>> output_error(torch.tensor([[0.5, 0.0]]), torch.tensor([[4.0, 0.0], [0.0, 100.0]]))
+    1.0
+    """
+    return float(((change @ gram) * change).sum())
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeAwq(Pass):
+    """Stores weights of convolutions, linear layers and embeddings in few bits, finest where inputs are loud.
+
+    Args:
+        bits: of each weight. Up to 4 are stored two to a byte, from 5 on one.
+        block: how many consecutive weights of a row share a scale; 0 for one scale per output channel. Where it
+            does not divide a row, the largest smaller size that does is taken.
+    """
+
+    bits: Annotated[int, Range(2, 8)] = 4
+    block: Annotated[int, Choice(0, 32, 64, 128)] = 0
+
+    def apply(self, model: nn.Module, workload: Workload) -> nn.Module:
+        layers = select(model, self.where, (*WEIGHTED, nn.Embedding))
+        refuse_quantized(layers, self.name())
+        groups = groups_by_weight(model, layers)
+        stretched = {name: layer for group in groups if not _why_plain(group) for name, layer in group.items()}
+        seen = grams(model, stretched, workload) if stretched else {}
+        for group in groups:
+            weight = dense_of(next(iter(group.values())))
+            if weight[0].numel() < 2:
+                for name in group:
+                    left(name, "its rows hold one weight each: a scale would weigh more than it saves")
+                continue
+            encoding, how = self._encoding(group, weight, seen)
+            for name, layer in group.items():
+                encode(layer, encoding)
+                done(name, f"{encoding.describe()}, {how}")
+        leave_others(model, self.where, layers, self.name())
+        return model
+
+    def _encoding(self, group: Mapping[str, nn.Module], weight: Tensor, seen: Mapping[str, Gram]) -> tuple[Affine, str]:
+        """The weight of a group with the power that suits its inputs, and in words what was done."""
+        read = [seen[name] for name in group if name in seen]
+        if not read:
+            return self._stretched(
+                weight, None
+            ), f"rounded as it is: {_why_plain(group) or 'the network never calls it'}"
+        count = sum(gram.count for gram in read)
+        gram = torch.stack([gram.mean()[0] * (gram.count / count) for gram in read]).sum(0).to(weight.dtype)
+        magnitude = torch.stack([gram.magnitude()[0] * (gram.count / count) for gram in read]).sum(0).to(weight.dtype)
+        by_channel = magnitude.view(weight.shape[1], -1).mean(1)
+        tried = {p: self._stretched(weight, stretches(by_channel, p) if p else None) for p in POWERS}
+        errors = {p: output_error((encoding.decode() - weight).flatten(1), gram) for p, encoding in tried.items()}
+        best = min(errors, key=lambda p: errors[p])
+        return tried[best], f"inputs to the power {best:.1f}"
+
+    def _stretched(self, weight: Tensor, factors: Tensor | None) -> Affine:
+        """`weight` rounded after its columns were multiplied by `factors`."""
+        block = fitting_block(weight[0].numel(), self.block) if self.block else 0
+        wide = weight if factors is None else weight * factors.view(1, -1, *[1] * (weight.dim() - 2))
+        scale = affine_scale(wide, self.bits, 0, block, search=True)
+        columns = None if factors is None else 1 / factors
+        return Affine(weight, scale, bits=self.bits, axis=0, block=block, columns=columns)
+
+
+def _why_plain(group: Mapping[str, nn.Module]) -> str:
+    """Why the columns of a group's weight are not stretched; empty where they are."""
+    for layer in group.values():
+        if isinstance(layer, nn.Embedding):
+            return "its rows are looked up"
+        if isinstance(layer, CONVOLUTIONS) and layer.groups > 1:
+            return "its groups read different channels by the same columns"
+    return ""
