@@ -74,7 +74,7 @@ class QuantizeAwq(Pass):
     """
 
     bits: Annotated[int, Range(2, 8)] = 4
-    block: Annotated[int, Choice(0, 32, 64, 128)] = 0
+    block: Annotated[int, Choice(0, 32, 64, 128)] = 64
 
     def apply(self, model: nn.Module, workload: Workload) -> nn.Module:
         layers = select(model, self.where, (*WEIGHTED, nn.Embedding))

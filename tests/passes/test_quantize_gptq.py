@@ -145,7 +145,7 @@ def test_loud_inputs_first_is_better_where_some_are_louder():
             errors(QuantizeGptq(bits=3, order=order), layer, calibration * loud, x * loud)[1] for order in (True, False)
         )
         gains.append(ordered / plain)
-    assert sorted(gains)[len(gains) // 2] < 0.9
+    assert sorted(gains)[len(gains) // 2] < 0.1
 
 
 class Attention(nn.Module):
@@ -200,7 +200,10 @@ def test_layers_that_share_a_weight_are_rounded_by_what_both_read():
     hessian = (first.T @ first + second.T @ second).unsqueeze(0) / 512
     scale = affine_scale(weight, 3, 0, search=True).unsqueeze(1).expand(32, 32)
     alone = gptq(weight.unsqueeze(0), scale.unsqueeze(0), hessian, 3, 0.01, falling(hessian))
-    assert float((alone[0] == after[0].weight).float().mean()) > 0.97  # sums in another order may round another way
+    assert float((alone[0] == after[0].weight).float().mean()) > 0.9  # sums in another order may round another way
+    hessian = (first.T @ first).unsqueeze(0) / 256
+    by_one = gptq(weight.unsqueeze(0), scale.unsqueeze(0), hessian, 3, 0.01, falling(hessian))
+    assert float((by_one[0] == after[0].weight).float().mean()) < 0.8
 
 
 def test_pruned_weights_stay_zero_and_their_errors_are_not_forgotten():
@@ -251,22 +254,33 @@ def test_what_is_rounded_already_is_refused():
 
 def deep(seed: int) -> tuple[nn.Module, torch.Tensor]:
     torch.manual_seed(seed)
-    layers = [module for _ in range(6) for module in (nn.Linear(48, 48), nn.ReLU())]
+    layers = [module for _ in range(12) for module in (nn.Linear(48, 48), nn.ReLU())]
+    for layer in layers[::2]:
+        nn.init.kaiming_normal_(layer.weight)
     return nn.Sequential(*layers, nn.Linear(48, 10)).eval(), rows(1024, 48, seed)
 
 
-def test_layers_that_see_what_was_rounded_before_them_make_up_for_it():
+def gain_of_sequence(bits: int) -> float:
+    """Error of the output of deep networks, sequential over not: the median over seeds, which differ much."""
     gains = []
     for seed in range(8):
         model, x = deep(seed)
         off = []
         for sequential in (True, False):
             workload = workload_of(model, x[:768])
-            rounded = QuantizeGptq(bits=3, sequential=sequential).apply(copy.deepcopy(model), workload)
+            rounded = QuantizeGptq(bits=bits, sequential=sequential).apply(copy.deepcopy(model), workload)
             with torch.no_grad():
                 off.append(float((rounded(x[768:]) - model(x[768:])).square().mean()))
         gains.append(off[0] / off[1])
-    assert sorted(gains)[len(gains) // 2] < 0.95
+    return sorted(gains)[len(gains) // 2]
+
+
+def test_layers_that_see_what_was_rounded_before_them_help_where_much_was_lost():
+    assert gain_of_sequence(bits=2) < 0.95
+
+
+def test_layers_that_see_what_was_rounded_before_them_matter_little_where_little_was_lost():
+    assert 0.85 < gain_of_sequence(bits=4) < 1.1
 
 
 def test_each_bit_more_is_closer_and_codes_are_on_the_grid():
