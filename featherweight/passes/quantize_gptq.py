@@ -51,9 +51,8 @@ def inverse_factor(hessian: Float[Tensor, "groups in in"], damping: float) -> Fl
 
     In doubles. Inputs that were always zero have rows and columns of zeros but for λ: their errors are nobody's loss.
 
-    >>> inverse_factor(torch.tensor([[[4.0, 0.0], [0.0, 0.0]]]), damping=0.5)
-    tensor([[[0.4472, 0.0000],
-             [0.0000, 1.0000]]], dtype=torch.float64)
+    >>> inverse_factor(torch.tensor([[[4.0, 0.0], [0.0, 0.0]]]), damping=0.5).diagonal(dim1=1, dim2=2)
+    tensor([[0.4472, 1.0000]], dtype=torch.float64)
     """
     mean = hessian.double().diagonal(dim1=1, dim2=2).mean(1)
     added = torch.where(mean > 0, damping * mean, torch.ones_like(mean))
