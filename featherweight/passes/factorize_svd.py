@@ -8,6 +8,9 @@ hang together, as they do, that is another matrix. A linear layer becomes two; a
 channels in each group, and one of size 1; an embedding a narrower one and a linear layer. All are ordinary layers, that
 later steps train, prune and quantize as any other.
 
+A layer with few outputs cannot spare rank: at half of its weights ten classes come from four numbers. Leave the last
+layer out with `where`, such as `!head`.
+
 Inputs are those of the network as it was, not those that follow layers factorized already. Embeddings are never
 whitened: calibration data shows too few of their rows. Transposed convolutions are left.
 
