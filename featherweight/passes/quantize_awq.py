@@ -4,7 +4,7 @@
 
 A stretched weight is rounded by steps that are finer for it, so that the inputs which say most of the output are
 multiplied with better weights, at the cost of the others. The power α, from 0 (plain rounding) to 1, is the one of
-eleven with the least error of the layer's output on calibration data. The authors fold 1 / s into the operator before
+six with the least error of the layer's output on calibration data. The authors fold 1 / s into the operator before
 the layer, which not every operator can take; here it is part of the stored weight, one float for each input channel
 and a multiplication wherever the runtime decodes the weight. Their search for clipping is left out but for that of
 the scales. Grouped convolutions, embeddings and layers that calibration data never calls are rounded as they are.
@@ -39,7 +39,7 @@ from featherweight.surgery import (
 from featherweight.workload import Workload
 
 WEIGHTED = (*CONVOLUTIONS, nn.Linear)
-POWERS = [0.1 * step for step in range(11)]
+POWERS = [0.2 * step for step in range(6)]
 QUIETEST = 1e-4  # share of the mean magnitude below which no input counts as quieter
 
 

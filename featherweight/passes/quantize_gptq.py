@@ -5,7 +5,7 @@
 where X are the layer's inputs on calibration data. Single weights end up further from the original than nearest
 rounding leaves them, and the layer's outputs closer. Columns are worked on in blocks of 128, after each of which all
 that follow are corrected at once. Scales are fixed beforehand, from the original weights; the scales of blocks that
-the paper's code takes from weights already corrected are left out, for they forbid another order of columns.
+the authors' code takes from weights already corrected are left out, for they forbid another order of columns.
 Convolutions are linear layers that read patches, each group of channels by itself. An embedding reads no numbers, so
 its rows, and weights that it shares, are rounded to the nearest, as are layers that the calibration data never calls.
 

@@ -71,8 +71,9 @@ def test_files_are_as_large_as_what_holds_their_codes(target, tmp_path):
         rounded = QuantizeWeights(bits=bits).apply(copy.deepcopy(model), workload)
         targets.find(target).export(rounded, workload, tmp_path / str(bits))
         sizes[bits] = sum(path.stat().st_size for path in (tmp_path / str(bits)).iterdir())
-    assert sizes[2] == sizes[3] == sizes[4]
-    assert sizes[5] == sizes[6] == sizes[7] == sizes[8]
+    few = 64  # bytes by which names and numbers in text differ
+    assert all(sizes[bits] == pytest.approx(sizes[4], abs=few) for bits in (2, 3))
+    assert all(sizes[bits] == pytest.approx(sizes[8], abs=few) for bits in (5, 6, 7))
     assert sizes[8] - sizes[4] == pytest.approx(256 * 256, rel=0.05)
 
 
