@@ -14,6 +14,7 @@ arXiv:1804.04235, section 8.
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import math
 import sys
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from featherweight.errors import LayerError, WorkloadError
-from featherweight.surgery import layer_of, matches, thawed
+from featherweight.surgery import done, layer_of, matches, thawed
 from featherweight.workload import Batch, Workload, call, count_batches, like, tensors
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -39,26 +40,28 @@ AVERAGED = 10  # batches at least, and an eighth of all, whose statistics the ba
 def train(
     model: nn.Module,
     workload: Workload,
-    loss: Callable[[Batch], Tensor],
+    loss: Callable[[Batch, Any], Tensor],
     *,
     step: str,
     where: str,
     epochs: float,
     steps: int,
     lr: float,
+    besides: Sequence[nn.Parameter] = (),
 ) -> tuple[list[float], list[str]]:
     """Trains `model` in place; the loss of every step, and the names of the layers that were trained.
 
-    Data is `workload.train`: batches, or (batch, target) pairs whose targets are ignored; without it, the calibration
-    batches. A list or tuple of two is a pair where its first item is a batch: a tuple, list or dict.
+    Data is `workload.train`: batches, or (batch, target) pairs; without it, the calibration batches. A list or tuple of
+    two is a pair where its first item is a batch: a tuple, list or dict.
 
     Args:
-        loss: of one batch, as a function of the model's parameters.
+        loss: of one batch and its target (None where there is none), as a function of the model's parameters.
         step: the name of the pass, for messages.
         where: which layers.
         epochs: how often the data is seen.
         steps: of the optimiser, at most, in all epochs together; 0 for no bound.
         lr: how far a step moves a tensor, relative to the size of its values.
+        besides: parameters of the loss itself, which are trained along with the model.
 
     Raises:
         LayerError: `where` chooses nothing that can be trained.
@@ -72,27 +75,37 @@ def train(
         layers = list(dict.fromkeys(layer_of(name) for name in parameters))
         with _training(model, list(parameters.values())), _keeping_memory():
             batches = _laid_out(islice(_batches(data, workload.example, step), count), model)
-            losses = _steps(model, batches, loss, parameters, count, lr, step)
+            losses = _steps(model, batches, loss, parameters, besides, count, lr, step)
     return losses, layers
+
+
+def report(layers: Iterable[str], losses: Sequence[float], what: str) -> None:
+    """Says of every layer how many steps it was trained, on what, and the mean loss of the first and last tenth."""
+    span = max(1, len(losses) // 10)
+    first, last = sum(losses[:span]) / span, sum(losses[-span:]) / span
+    for layer in layers:
+        done(layer, f"distilled {len(losses)} steps ({what}), loss {first:.3g} → {last:.3g}")
 
 
 def _steps(
     model: nn.Module,
-    batches: Iterable[Batch],
-    loss: Callable[[Batch], Tensor],
+    batches: Iterable[tuple[Batch, Any]],
+    loss: Callable[[Batch, Any], Tensor],
     parameters: Mapping[str, nn.Parameter],
+    besides: Sequence[nn.Parameter],
     steps: int,
     lr: float,
     step: str,
 ) -> list[float]:
-    optimizer = torch.optim.AdamW(relative_rates(parameters.values(), lr), weight_decay=0.0, fused=True)
+    rates = relative_rates([*parameters.values(), *besides], lr)
+    optimizer = torch.optim.AdamW(rates, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda number: rate(number, steps))
     losses: list[float] = []
     bar = tqdm(batches, "distil", total=steps, unit="step", leave=False, disable=not sys.stderr.isatty())
     with _Norms(model, {layer_of(name) for name in parameters}) as norms:
-        for batch in bar:
+        for batch, target in bar:
             norms.expect(tensors(batch)[0].shape[0], last=len(losses) >= steps - max(AVERAGED, steps // 8))
-            value = loss(batch)
+            value = loss(batch, target)
             losses.append(value.item())
             if not math.isfinite(losses[-1]):
                 raise WorkloadError(
@@ -197,6 +210,18 @@ class _Norms:
             norm.momentum = momentum
 
 
+def as_in_training(model: nn.Module, batch: Batch, where: str) -> nn.Module:
+    """A copy of `model` that computes what it will in training, where batch norms normalise by the batch itself.
+
+    Those of a network that lost channels have statistics that are wrong, and what it returns then tells nothing.
+    """
+    copied = copy.deepcopy(model)
+    for name, module in copied.named_modules():
+        if isinstance(module, NORMS) and (module.weight is None or matches(name, where)):
+            module.train(tensors(batch)[0].shape[0] >= WHOLE_BATCH)
+    return copied
+
+
 @contextlib.contextmanager
 def _keeping_memory() -> Iterator[None]:
     """Inside the block, freed memory stays the process's: fresh pages for each tensor cost up to a fifth of a step.
@@ -218,18 +243,18 @@ def _keeping_memory() -> Iterator[None]:
         glibc.malloc_trim(0)
 
 
-def _laid_out(batches: Iterator[Batch], model: nn.Module) -> Iterator[Batch]:
+def _laid_out(pairs: Iterator[tuple[Batch, Any]], model: nn.Module) -> Iterator[tuple[Batch, Any]]:
     """Pictures with their channels last where the network has depthwise convolutions, which then run twice as fast.
 
     The layout of the first input is handed on from layer to layer. Networks whose code asks for the usual one (`view`
     does) keep it.
     """
     depthwise = any(isinstance(m, nn.Conv2d) and m.groups == m.in_channels > 1 for m in model.modules())
-    for number, batch in enumerate(batches):
+    for number, (batch, target) in enumerate(pairs):
         turned = like(batch, [_channels_last(value) for value in tensors(batch)]) if depthwise else batch
         if number == 0 and depthwise and not _runs(model, turned):
             depthwise, turned = False, batch
-        yield turned
+        yield turned, target
 
 
 def _channels_last(value: Tensor) -> Tensor:
@@ -245,12 +270,13 @@ def _runs(model: nn.Module, batch: Batch) -> bool:
     return True
 
 
-def _batches(data: Iterable[Any], example: Batch, step: str) -> Iterator[Batch]:
-    """The batches of `data`, without their targets, over and over."""
+def _batches(data: Iterable[Any], example: Batch, step: str) -> Iterator[tuple[Batch, Any]]:
+    """The batches of `data`, each with its target or None, over and over."""
     while True:
         count = 0
         for count, item in enumerate(data, 1):  # noqa: B007
-            yield _checked(_without_target(item), example, step)
+            batch, target = _parted(item)
+            yield _checked(batch, example, step), target
         if not count:
             raise WorkloadError(
                 f"{step} found no batches in train: it is empty, or can be iterated only once, as a generator "
@@ -258,9 +284,9 @@ def _batches(data: Iterable[Any], example: Batch, step: str) -> Iterator[Batch]:
             )
 
 
-def _without_target(item: Any) -> Any:
+def _parted(item: Any) -> tuple[Any, Any]:
     pair = isinstance(item, (tuple, list)) and len(item) == 2 and isinstance(item[0], (tuple, list, Mapping))
-    return item[0] if pair else item
+    return (item[0], item[1]) if pair else (item, None)
 
 
 def _checked(batch: Any, example: Batch, step: str) -> Batch:

@@ -32,6 +32,7 @@ LAYERS = (
         "int8",
         "masks",
         "low_rank",
+        "losses",
         "onnx_graph",
         "onnx_pairs",
         "teacher",

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from featherweight.training import rate, relative_rates, train
+from featherweight.surgery import recording
+from featherweight.training import rate, relative_rates, report, train
 from featherweight.workload import Workload
 
 
@@ -44,8 +45,30 @@ def test_pictures_have_channels_last_where_depthwise_networks_can_take_it(views)
     before = model(x).detach()
     model.contiguous.clear()
     losses, layers = train(
-        model, workload, lambda b: model(b[0]).square().mean(), step="p", where="*", epochs=2, steps=0, lr=0.01
+        model, workload, lambda b, _: model(b[0]).square().mean(), step="p", where="*", epochs=2, steps=0, lr=0.01
     )
     assert len(losses) == 8 and losses[-1] < losses[0] and layers == ["conv", "head"]
     assert model.contiguous[-4:] == [views] * 4
     assert all(p.is_contiguous() for p in model.parameters()) and not torch.equal(model(x), before)
+
+
+def test_the_loss_is_given_targets_where_there_are_any_and_its_own_parameters_are_trained():
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 2).eval(), torch.randn(4, 3)
+    scale, seen = nn.Parameter(torch.ones(2)), []
+
+    def loss(batch, target):
+        seen.append(target)
+        return (model(batch[0]) * scale - 1).square().mean()
+
+    data = [((x,), "a"), (x,), [[x], None]]
+    workload = Workload(model, (x,), [(x,)], lambda predict: 0.0, train=data)
+    losses, _ = train(model, workload, loss, step="p", where="*", epochs=2, steps=0, lr=0.05, besides=[scale])
+    assert seen == ["a", None, None] * 2 and losses[-1] < losses[0]
+    assert not torch.equal(scale, torch.ones(2)) and all(p.grad is None for p in model.parameters())
+
+
+def test_the_report_names_every_layer_and_the_losses_of_the_ends():
+    with recording() as coverage:
+        report(["a", "b"], [4.0, 2.0, *[9.0] * 16, 1.0, 0.0], "kl")
+    assert coverage.done == [(name, "distilled 20 steps (kl), loss 3 → 0.5") for name in "ab"]

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from featherweight.encodings import Affine, affine_scale
 from featherweight.errors import LayerError, WorkloadError
-from featherweight.passes.distill_soft import DistillSoft, soft_loss
+from featherweight.losses import label_loss, soft_loss
+from featherweight.passes.distill_soft import DistillSoft
 from featherweight.passes.quantize_weights import QuantizeWeights
 from featherweight.surgery import encode, encoding_of, recording
 from featherweight.testing import Depthwise, networks, run, state
@@ -32,31 +33,6 @@ def damaged(model: nn.Module, size: float = 0.5) -> nn.Module:
 def divergence(student: nn.Module, workload: Workload, batch: Batch) -> float:
     with torch.no_grad():
         return float(soft_loss(call(student, batch), call(workload.model, batch), 1.0))
-
-
-# ------------------------------------------------------------------------------------------------ mathematics
-
-
-def test_the_loss_is_hintons():
-    s, t = torch.randn(5, 4), torch.randn(5, 4)
-    p, q = torch.softmax(t / 3, -1), torch.softmax(s / 3, -1)
-    assert torch.isclose(soft_loss(s, t, 3.0), 9 * (p * (p / q).log()).sum(-1).mean())
-
-
-def test_the_squared_temperature_keeps_gradients_of_one_size():
-    t = torch.randn(64, 10)
-
-    def gradient(temperature: float) -> float:
-        s = torch.zeros(64, 10, requires_grad=True)
-        soft_loss(s, t, temperature).backward()
-        return float(s.grad.norm())
-
-    assert 0.5 < gradient(8.0) / gradient(2.0) < 2
-
-
-def test_positions_are_averaged_like_examples():
-    s, t = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
-    assert torch.isclose(soft_loss(s, t, 2.0), soft_loss(s.flatten(0, 1), t.flatten(0, 1), 2.0))
 
 
 # ------------------------------------------------------------------------------------------------ what it is for
@@ -99,6 +75,60 @@ def test_soft_targets_teach_more_than_hard_ones():
     certain = DistillSoft(epochs=15, temperature=1.0).apply(copy.deepcopy(student), hard)
     batch = workload.calibration[0]
     assert divergence(soft, workload, batch) < 0.5 * divergence(certain, workload, batch)
+
+
+def test_true_labels_mend_what_the_teacher_gets_wrong():
+    """A teacher that takes every second example for the next class, and data that knows better."""
+    torch.manual_seed(0)
+    x = torch.randn(256, 6)
+    true = x[:, :3].argmax(1)
+
+    class Mistaken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 3)
+            self.layer.weight.data = torch.eye(3, 6).roll(1, 0) * 3
+
+        def forward(self, x):
+            return self.layer(x)
+
+    pairs = [((a,), b) for a, b in zip(x.split(32), true.split(32), strict=True)]
+    workload = workload_of(Mistaken(), [(x[:32],)], train=pairs)
+
+    def right(alpha: float) -> float:
+        student = DistillSoft(alpha=alpha, epochs=40, lr=0.05).apply(copy.deepcopy(workload.model), workload)
+        return float((student(x).argmax(1) == true).float().mean())
+
+    assert right(0.0) < 0.1 and right(1.0) > 0.9
+
+
+@pytest.mark.parametrize("alpha", [0.25, 1.0])
+def test_the_share_of_the_labels_is_their_share(alpha):
+    batch, labels = (torch.randn(16, 4),), torch.randint(0, 3, (16,))
+    workload = workload_of(nn.Linear(4, 3), [batch], train=[(batch, labels)])
+    student = damaged(workload.model)
+    found, wanted = student(*batch).detach(), workload.model(*batch).detach()
+    soft, true = soft_loss(found, wanted, 2.0), label_loss(found, labels)
+    with recording() as coverage:
+        DistillSoft(steps=1, alpha=alpha).apply(student, workload)
+    said = coverage.done[0][1]
+    assert said.startswith("distilled 1 steps (kl and labels), loss ")
+    assert float(said.split()[-1]) == pytest.approx(float((1 - alpha) * soft + alpha * true), rel=1e-2)
+
+
+def test_labels_are_asked_for_where_there_are_none():
+    batch = (torch.randn(16, 4),)
+    for train, message in (
+        (None, "train yields batches without targets"),
+        ([(batch, torch.zeros(16))], "train yields targets of float32"),
+        ([(batch, torch.zeros(16, 1, dtype=torch.long))], r"train yields targets of shape \(16, 1\)"),
+    ):
+        workload = workload_of(nn.Linear(4, 3), [batch], train=train)
+        with pytest.raises(WorkloadError, match=f"distill_soft: alpha asks for the true labels, but {message}"):
+            DistillSoft(alpha=0.5).apply(copy.deepcopy(workload.model), workload)
+    workload = workload_of(nn.Sequential(nn.Linear(4, 3), nn.Tanh()), [batch], train=[(batch, torch.zeros(16).long())])
+    with pytest.raises(WorkloadError, match=r"distill_soft with alpha=0.5 needs logits.*\(16, 3\) of float32"):
+        DistillSoft(alpha=0.5).apply(copy.deepcopy(workload.model), workload)
 
 
 def test_batch_norms_take_their_statistics_anew_and_dropout_stays_off():
