@@ -5,8 +5,9 @@
 x_j is input feature j over all calibration data, so that a small weight on a loud feature outlives a large one on a
 quiet feature. Rows compete only within themselves: an output is spoilt by what it loses of its own inputs, however
 large they are beside another's. In a convolution a feature is an input channel, over all examples and positions. The
-weights that stay are as they were. Inputs are those of the network as it comes into this step: what is zeroed in one
-layer does not change what is measured in the next. Embeddings are left alone.
+weights that stay are as they were. Only layers are looked at, one by one: where the outputs of each are nearer, those
+of the network need not be. Inputs are those of the network as it comes into this step: what is zeroed in one layer
+does not change what is measured in the next. Embeddings are left alone.
 
 Source: Sun, Liu, Bair, Kolter 2023, arXiv:2306.11695, equation 1.
 """
