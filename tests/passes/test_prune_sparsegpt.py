@@ -108,6 +108,17 @@ def test_it_is_magnitude_where_inputs_are_alike_and_unrelated():
     torch.testing.assert_close(found * kept, weight * kept)
 
 
+@pytest.mark.parametrize("span", [4, 128])
+def test_zeros_stay_zero_though_corrections_reach_them(span):
+    weight = torch.randn(1, 8, 256).double()
+    zero = torch.rand(weight.shape) < 0.3
+    weight[zero] = 0.0
+    factor = inverse_factor(correlated(1, 256), 0.01)
+    _, kept = sparsegpt(weight, factor, lambda importance: largest(importance, 0.25), span)
+    assert not kept[zero].any()
+    assert int((~kept).sum()) <= int(zero.sum()) + 0.1 * zero.numel()
+
+
 def test_choosing_again_every_few_columns_sees_what_was_corrected():
     """In one go the second of two equal features looks as dispensable as the first, though it then bears both."""
     hessian = torch.ones(1, 4, 4).double() + 0.01 * torch.eye(4)
