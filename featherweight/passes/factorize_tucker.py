@@ -119,8 +119,8 @@ def ranks_for_parameters(values: Sequence[Float[Tensor, " _"]], taps: int, share
     """The ranks with the least error among those at which the factors hold at most `share` of the weights.
 
     And fewer than the kernel, whatever the share. The error is taken for what both sides lose, which it never exceeds
-    (De Lathauwer et al. 2000, doi:10.1137/S0895479896305696, property 10). Ranks are multiples of `step`, or of half
-    of it, a quarter and so on where none of these fits. (0, 0) where nothing does.
+    (De Lathauwer et al. 2000, doi:10.1137/S0895479896305696, property 10). Ranks are multiples of `step`, or any
+    where none of these fits. (0, 0) where nothing does.
 
     Args:
         values: the singular values of both sides, output first.
@@ -149,7 +149,7 @@ def ranks_for_parameters(values: Sequence[Float[Tensor, " _"]], taps: int, share
     ]
     if fitting:
         return max(fitting)[2:]
-    return ranks_for_parameters(values, taps, share, step // 2) if step > 1 else (0, 0)
+    return ranks_for_parameters(values, taps, share, step=1) if step > 1 else (0, 0)
 
 
 # ------------------------------------------------------------------------------------------------ the pass
