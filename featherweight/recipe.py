@@ -29,7 +29,7 @@ from featherweight.errors import FeatherweightError, LayerError, RecipeError, Wo
 from featherweight.passes import Pass
 from featherweight.settings import settings_of
 from featherweight.surgery import Coverage, recording
-from featherweight.workload import Workload, call, outputs
+from featherweight.workload import Workload, call, check_student, outputs
 
 LONGEST_TEXT = 1 << 20  # characters of YAML
 FLOAT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+")  # 1e-3 is a number here, though not in YAML 1.1
@@ -97,22 +97,24 @@ class Recipe:
 def compress_model(
     recipe: Recipe, workload: Workload, seed: int = 0, progress: Callable[[str], None] | None = None
 ) -> tuple[nn.Module, Coverage]:
-    """A copy of the workload's network after all steps of the recipe, and what they did to each layer.
+    """A copy of the workload's network, or its student, after all steps of the recipe, and what they did to each layer.
 
     All chance comes from `seed`; the state of the global generators is afterwards as it was before.
 
     Args:
         recipe: its target is not looked at.
-        workload: its network is left as it is.
+        workload: its networks are left as they are.
         seed: for torch, NumPy and random.
         progress: told the name of each step before it begins.
 
     Raises:
         LayerError: a step changed nothing, or broke the network's outputs.
         RecipeError: the steps do not fit together.
+        WorkloadError: the student is unlike the model, or the network cannot be copied.
     """
+    check_student(workload)
     try:
-        model = copy.deepcopy(workload.model)
+        model = copy.deepcopy(workload.start)
     except Exception as error:
         raise WorkloadError(
             f"The model cannot be copied: {type(error).__name__}: {error}. Every recipe works on a copy: keep what "

@@ -250,14 +250,14 @@ def _step(name: str, **settings: Any) -> Pass:
 
 def facts_of(workload: Workload, names: Sequence[str]) -> Facts:
     """What the strategy has to know; nothing in it depends on time or chance."""
-    kinds = {type(module) for module in workload.model.modules()}
+    kinds = {type(module) for module in workload.start.modules()}
     return Facts(
         targets=tuple(names),
         folds=bool(kinds & set(NORMS)) and _something_folds(workload, names[0]),
         linear=nn.Linear in kinds,
         epochs=_epochs(workload),
         # with batch norms it is a convolutional network, where width is what the time goes into
-        blocks=0 if kinds & set(NORMS) else len(removable(workload.model, workload)),
+        blocks=0 if kinds & set(NORMS) else len(removable(workload.start, workload)),
         multiples={name: targets.find(name).width_multiple for name in names},
     )
 
@@ -287,7 +287,7 @@ def _epochs(workload: Workload) -> float:
         return 1.0  # distill_soft explains what is wrong with that
     batch = workload.calibration[0]
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        call(workload.model, batch)
+        call(workload.start, batch)
     forward = counter.get_total_flops() / tensors(batch)[0].shape[0] * _batch_size(first)
     steps = TRAINING_FLOP / max(4 * forward, 1.0)  # forward, backward twice that, and the teacher's forward
     return float(f"{min(max(steps, FEWEST_STEPS), MOST_STEPS) / length:.2g}")
@@ -317,11 +317,12 @@ def _stages(recipe: Recipe) -> Counter[str]:
 
 
 def fingerprint(workload: Workload) -> str:
-    """16 hexadecimal digits that stand for the workload's file, the network's parameters and what it reads."""
+    """16 hexadecimal digits that stand for the workload's file, the networks' parameters and what it reads."""
     digest = hashlib.sha256()
     if workload.source is not None and (path := _source_file(workload.source)) is not None:
         digest.update(path.read_bytes())
-    for name, value in workload.model.state_dict().items():
+    students = {} if workload.student is None else workload.student.state_dict()
+    for name, value in [*workload.model.state_dict().items(), *students.items()]:
         if not isinstance(value, Tensor):  # what a module keeps with get_extra_state
             continue
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())

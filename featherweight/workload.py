@@ -40,6 +40,10 @@ class Workload:
         test_score: the same on data that the search never sees.
         train: a re-iterable of batches, or of (batch, target) pairs, for distillation.
         probe: held-out (batch, labels) pairs, for evidence on behaviour.
+        student: a network of your own, in eval mode, that recipes start from instead of a copy of `model`: it takes and
+            returns the same, and where in recipes names its layers. `model` stays the teacher of distillation and the
+            original of every comparison, so a student that was not trained needs recipes that begin with
+            distillation. Never modified.
         source: where `load` found it, so that a fresh process can load it again; set by `load`.
     """
 
@@ -50,7 +54,13 @@ class Workload:
     test_score: Score | None = None
     train: Iterable[Any] | None = None
     probe: Sequence[Any] = ()
+    student: nn.Module | None = field(default=None, kw_only=True)
     source: str | None = field(default=None, kw_only=True)
+
+    @property
+    def start(self) -> nn.Module:
+        """What recipes work on a copy of: the student, or else the model."""
+        return self.model if self.student is None else self.student
 
 
 def call(model: Callable[..., Any], batch: Batch) -> Any:
@@ -212,7 +222,7 @@ def _executed(run: Callable[[], Any], spec: str) -> Any:
 
 def check(workload: Workload) -> None:
     """Raises a WorkloadError that says what is wrong; silent when the contract holds."""
-    _check_model(workload.model)
+    _check_model(workload.model, "model")
     _check_batch(workload.example, "example")
     if not isinstance(workload.calibration, Sequence):
         raise WorkloadError(
@@ -232,16 +242,49 @@ def check(workload: Workload) -> None:
         if not callable(value) and not (value is None and name == "test_score"):
             raise WorkloadError(f"{name} is a {type(value).__name__}, not a function. Give {name}(predict) -> float.")
     _check_forward(workload)
+    check_student(workload)
 
 
-def _check_model(model: Any) -> None:
+def check_student(workload: Workload) -> None:
+    """Raises a WorkloadError where there is a student that cannot stand in for the model."""
+    if workload.student is None:
+        return
+    _check_model(workload.student, "student")
+    batch = workload.example
+    names, wanted = (input_names(net, batch) for net in (workload.student, workload.model))
+    if names != wanted:
+        raise WorkloadError(
+            f"student takes {', '.join(names)}, but model takes {', '.join(wanted)}, and files that ship name their "
+            "inputs so. Give the parameters of its forward the same names and order."
+        )
+    try:
+        found = _described(workload.student, batch)
+    except Exception as error:
+        raise WorkloadError(
+            f"student failed on example: {type(error).__name__}: {error}. It must take what model.forward takes."
+        ) from error
+    if found != (wanted_outputs := _described(workload.model, batch)):
+        raise WorkloadError(
+            f"student returns {', '.join(found)} for example, but model returns {', '.join(wanted_outputs)}. "
+            "Give it the same number of outputs, of the same shapes and types."
+        )
+
+
+def _described(model: nn.Module, batch: Batch) -> list[str]:
+    """Shapes and types of the outputs."""
+    with torch.inference_mode():
+        found = outputs(call(model, batch))
+    return [f"{tuple(value.shape)} of {str(value.dtype).removeprefix('torch.')}" for value in found]
+
+
+def _check_model(model: Any, what: str) -> None:
     if not isinstance(model, nn.Module):
-        raise WorkloadError(f"model is a {type(model).__name__}, not a torch.nn.Module. Give the network itself.")
-    training = [name or "the model itself" for name, module in model.named_modules() if module.training]
+        raise WorkloadError(f"{what} is a {type(model).__name__}, not a torch.nn.Module. Give the network itself.")
+    training = [name or f"the {what} itself" for name, module in model.named_modules() if module.training]
     if training:
         raise WorkloadError(
-            f"model is in train mode ({len(training)} modules, first {training[0]!r}): dropout and batch norms would "
-            "make every run differ. Call model.eval() before building the Workload."
+            f"{what} is in train mode ({len(training)} modules, first {training[0]!r}): dropout and batch norms would "
+            f"make every run differ. Call {what}.eval() before building the Workload."
         )
 
 

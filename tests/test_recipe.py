@@ -290,3 +290,23 @@ def test_a_model_that_cannot_be_copied_is_the_workloads_fault() -> None:
 
     with pytest.raises(WorkloadError, match="cannot be copied: TypeError: cannot pickle a lock"):
         compress_model(Recipe((), "openvino"), workload(Stubborn()))
+
+
+def test_a_student_of_the_users_own_is_trained_instead_of_a_copy() -> None:
+    x = torch.randn(64, 6)
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 3)).eval()
+    student = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    workload = Workload(teacher, (x[:2],), [(x,)], lambda predict: 0.0, student=student)
+    before = [value.clone() for net in (teacher, student) for value in net.state_dict().values()]
+    untrained, _ = compress_model(Recipe((), "torch"), workload)
+    steps = (DistillSoft(epochs=100, loss="mse"), QuantizeWeights())
+    trained, coverage = compress_model(Recipe(steps, "torch"), workload)
+    assert all(map(torch.equal, before, [v for net in (teacher, student) for v in net.state_dict().values()]))
+    assert trained[0].out_features == 8 and {layer for layer, _ in coverage.done} == {"0", "2"}
+    errors = [(net(x) - teacher(x)).square().mean().item() for net in (untrained, trained)]
+    assert errors[1] < 0.3 * errors[0]
+    with pytest.raises(
+        WorkloadError, match=r"student returns \(2, 4\) of float32 for example, but model returns \(2, 3\)"
+    ):
+        compress_model(Recipe((), "torch"), replace(workload, student=nn.Linear(6, 4).eval()))

@@ -224,6 +224,32 @@ def test_a_model_that_returns_no_tensor_is_refused_as_such() -> None:
     assert scalar.startswith("Output 1 of the model has shape () for a batch of 2")
 
 
+class Renamed(nn.Module):
+    def forward(self, rows: Tensor) -> Tensor:
+        return rows[:, :3]
+
+
+@pytest.mark.parametrize(
+    ("student", "said"),
+    [
+        (nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 3)).eval(), None),
+        (lambda x: x, "student is a function, not a torch.nn.Module."),
+        (nn.Linear(4, 3), "student is in train mode (1 modules, first 'the student itself')"),
+        (nn.Linear(5, 3).eval(), "student failed on example: RuntimeError: "),
+        (nn.Linear(4, 2).eval(), "student returns (2, 2) of float32 for example, but model returns (2, 3) of float32."),
+        (nn.Linear(4, 3).double().eval(), "student failed on example: RuntimeError: "),
+        (Renamed().eval(), "student takes rows, but model takes input, and files that ship name their inputs so."),
+    ],
+)
+def test_a_student_can_stand_in_for_the_model(student: Any, said: str | None) -> None:
+    workload = linear(student=student)
+    if said is None:
+        check(workload)
+        assert workload.start is student and linear().start is not student
+    else:
+        assert said in refusal(workload)
+
+
 # ---------------------------------------------------------------------------------------------------- load
 
 FILE = """
