@@ -8,7 +8,8 @@
 The tails of trained weights are heavy, and a squared error would widen the grid for their sake. Grids are symmetric
 here and the scale is what is sought; the authors fix the scale and seek a zero point, which is left out: kernels that
 read integers want it whole, or not at all. Of all scales met on the way, from the covering one and from the one with
-the least squared error, the one with the least Σ |w − s·q|^p is kept.
+the least squared error, the one with the least Σ |w − s·q|^p is kept. Closer to most weights is not always closer to
+the outputs: on a ResNet-18 the least squared error (`quantize_weights`) lost less at 3 and 4 bits.
 
 Source: splitting: Geman and Yang 1995, doi:10.1109/83.392335; for weights: Badri and Shaji 2023, "Half-quadratic
 quantization of large machine learning models".
