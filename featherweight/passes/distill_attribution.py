@@ -8,7 +8,7 @@ people look at saliency maps. Where inputs are whole numbers, as those of words 
 them, and a has one value for each position: the norm of ∂z_k / ∂x over features, or the sum of x ⊙ ∂z_k / ∂x there.
 L_soft is the loss of `distill_soft`.
 
-The gradient of a gradient is needed, so a step takes two to three times as long as one of `distill_soft`. Attention is
+The gradient of a gradient is needed, so a step takes three to four times as long as one of `distill_soft`. Attention is
 computed without its fused kernel meanwhile, which has none. Rounded weights and activations pass gradients straight
 through in both. Left out: outputs that are no logits; operators without a second gradient are refused.
 
