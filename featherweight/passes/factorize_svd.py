@@ -21,16 +21,15 @@ convolutions; Eckart and Young 1936, doi:10.1007/BF02288367, for what is best at
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from featherweight.errors import WorkloadError
+from featherweight.gram import grams
 from featherweight.low_rank import (
     convolution,
     embedding,
@@ -52,13 +51,11 @@ from featherweight.surgery import (
     replace,
     replaceable,
     select,
-    watch_inputs,
 )
-from featherweight.workload import Batch, Workload
+from featherweight.workload import Workload
 
 KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Embedding)
 DAMPING = 0.01  # of the mean of the diagonal: for directions that calibration data never shows
-ROWS = 1 << 14  # of each layer's input that its second moment is taken over, from all batches
 MOMENTS = 1 << 26  # numbers in the second moments that are held at a time
 
 # ------------------------------------------------------------------------------------------------ mathematics
@@ -123,32 +120,6 @@ def rank_for_parameters(out: int, inputs: int, share: float) -> int:
     return min(int(share * weights / each), (weights - 1) // each)
 
 
-def patches(
-    x: Float[Tensor, "n channels *places"],
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Float[Tensor, "groups rows _"]:
-    """What each output position of a convolution reads of `x`, padded already: a row in the order of its weights.
-
-    >>> patches(torch.arange(5.0).view(1, 1, 5), kernel=(2,), stride=(1,), dilation=(2,), groups=1)
-    tensor([[[0., 2.],
-             [1., 3.],
-             [2., 4.]]])
-    """
-    windows = x
-    for axis, (size, step, spread) in enumerate(zip(kernel, stride, dilation, strict=True), start=2):
-        windows = windows.unfold(axis, spread * (size - 1) + 1, step)[..., ::spread]
-    # (n, channels, *positions, *kernel) to (groups, n, *positions, channels / groups, *kernel)
-    windows = windows.unflatten(1, (groups, -1)).movedim(1, 0).movedim(2, 2 + len(kernel))
-    return windows.reshape(groups, -1, x.shape[1] // groups * _product(kernel))
-
-
-def _product(sizes: Sequence[int]) -> int:
-    return torch.Size(sizes).numel()
-
-
 # ------------------------------------------------------------------------------------------------ the pass
 
 
@@ -176,9 +147,11 @@ class FactorizeSvd(Pass):
         chosen = {name: layer for name, layer in free.items() if _can_save(name, layer)}
         pairs = {}
         for part in _parts(chosen) if self.whiten else [chosen]:
-            moments = second_moments(model, part, workload.calibration) if self.whiten else {}
+            watched = {name: layer for name, layer in part.items() if not isinstance(layer, nn.Embedding)}
+            found = grams(model, watched, workload) if self.whiten and watched else {}
             for name, layer in part.items():
-                if (pair := self._pair(name, layer, moments.pop(name, None))) is not None:
+                moment = found.pop(name).mean() if name in found else None
+                if (pair := self._pair(name, layer, moment)) is not None:
                     pairs[name] = pair
         for name, pair in pairs.items():
             replace(model, name, pair)
@@ -266,55 +239,3 @@ def _parts(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, nn.Module]]:
         held += size
     if part:
         yield part
-
-
-def second_moments(
-    model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Batch]
-) -> dict[str, Float[Tensor, "groups in in"]]:
-    """By layer Σ x xᵀ over what it reads on the calibration data, or over as much of that as is enough.
-
-    Raises:
-        WorkloadError: the network computes NaN or infinity from the data.
-    """
-    quota = max(1, ROWS // len(batches))
-    rng = torch.Generator().manual_seed(0)
-    found: dict[str, Tensor] = {}
-
-    def observe(name: str, x: Tensor) -> None:
-        rows = _rows(layers[name], x.float(), quota, rng)
-        if name in found:
-            found[name].baddbmm_(rows.mT, rows)
-        else:
-            found[name] = rows.mT @ rows
-
-    watched = {name: layer for name, layer in layers.items() if not isinstance(layer, nn.Embedding)}
-    watch_inputs(model, watched, batches, observe)
-    for name, moment in found.items():
-        if not bool(moment.isfinite().all()):
-            raise WorkloadError(
-                f"factorize_svd: on calibration data the input of {name!r} is NaN or infinite, so nothing can be "
-                "weighed by it. Look for such values in the data, or set whiten: false."
-            )
-    return found
-
-
-def _rows(layer: Any, x: Tensor, count: int, rng: torch.Generator) -> Float[Tensor, "groups rows in"]:
-    """`count` of the rows that `layer` multiplies with, as many from each picture; all where there are no more."""
-    if isinstance(layer, nn.Linear):
-        return _drawn(x.reshape(1, -1, x.shape[-1]), count, rng)
-    batch = x if x.dim() == layer.weight.dim() else x.unsqueeze(0)
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    drawn = []
-    for one in batch.split(1):  # one at a time: a batch with all its patches laid out may not fit into memory
-        padded = F.pad(one, layer._reversed_padding_repeated_twice, mode=mode)
-        rows = patches(padded, layer.kernel_size, layer.stride, layer.dilation, layer.groups)
-        drawn.append(_drawn(rows, max(1, count // len(batch)), rng))
-    return torch.cat(drawn, dim=1)
-
-
-def _drawn(rows: Float[Tensor, "groups rows in"], count: int, rng: torch.Generator) -> Float[Tensor, "groups _ in"]:
-    """`count` of the rows at random, the same ones of each group; all where there are no more."""
-    if rows.shape[1] <= count:
-        return rows
-    # At random: even steps would meet the same columns of pixels again and again.
-    return rows[:, torch.randperm(rows.shape[1], generator=rng)[:count].to(rows.device)]

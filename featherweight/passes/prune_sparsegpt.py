@@ -21,26 +21,24 @@ chosen once for the whole matrix.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from featherweight.gram import grams
 from featherweight.masks import KEPT_OF, NOTHING_GOES, Pattern, check_share, choose
 from featherweight.passes import Pass
 from featherweight.settings import Range
-from featherweight.surgery import NEVER_CALLED, keep_only, leave_others, left, prunable, select, watch_inputs
+from featherweight.surgery import NEVER_CALLED, keep_only, leave_others, left, prunable, select
 from featherweight.workload import Workload
 
 KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 COLUMNS = 128  # that change at every step; what lies beyond them changes once for all of them
 WIDEST = 12288  # columns of a weight whose Hessian is still held: 600 MB in single precision
-VALUES = 1 << 24  # of the windows of a convolution that are held at a time
 
 # ------------------------------------------------------------------------------------------------ mathematics
 
@@ -103,20 +101,6 @@ def sparsegpt(
     return found, kept
 
 
-def windows(
-    x: Float[Tensor, "n channels *size"], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
-) -> Float[Tensor, "n channels *positions_then_kernel"]:
-    """What a convolution's kernel sees at each position of a padded input, without a copy.
-
-    >>> windows(torch.arange(5.0).view(1, 1, 5), kernel=[2], stride=[1], dilation=[3])
-    tensor([[[[0., 3.],
-              [1., 4.]]]])
-    """
-    for dim, (size, step, gap) in enumerate(zip(kernel, stride, dilation, strict=True), start=2):
-        x = x.unfold(dim, gap * (size - 1) + 1, step)[..., ::gap]
-    return x
-
-
 # ------------------------------------------------------------------------------------------------ the pass
 
 
@@ -145,15 +129,15 @@ class PruneSparsegpt(Pass):
     def apply(self, model: nn.Module, workload: Workload) -> nn.Module:
         layers = select(model, self.where, KINDS)
         weights = _narrow(prunable(model, layers, self.pattern, self.name()))
-        hessians = _watch(model, {name: layer for group, _ in weights for name, layer in group.items()}, workload)
+        found = grams(model, {name: layer for group, _ in weights for name, layer in group.items()}, workload)
         for group, weight in weights:
-            known = [hessians.pop(name) for name in group if name in hessians]
+            known = [torch.as_tensor(found.pop(name).products) for name in group if name in found]
             if not known:
                 for name in group:
                     left(name, NEVER_CALLED)
                 continue
-            found, kept = self._pruned(weight, sum(known[1:], known[0]))
-            keep_only(group, found, kept, self.pattern, NOTHING_GOES)
+            corrected, kept = self._pruned(weight, sum(known[1:], known[0]))
+            keep_only(group, corrected, kept, self.pattern, NOTHING_GOES)
         leave_others(model, self.where, layers, self.name())
         return model
 
@@ -182,42 +166,3 @@ def _narrow(weights: Sequence[tuple[dict[str, nn.Module], Tensor]]) -> list[tupl
         for name in group:
             left(name, f"its rows hold {width} weights, whose Hessian would take {4 * width**2 / 1e9:.1f} GB")
     return found
-
-
-def _watch(model: nn.Module, layers: dict[str, nn.Module], workload: Workload) -> dict[str, Tensor]:
-    """XᵀX of every layer that is called, (groups, in, in) in single precision."""
-    found: dict[str, Tensor] = {}
-
-    def observe(name: str, x: Tensor) -> None:
-        for rows in rows_of(layers[name], x.float()):
-            product = rows.mT @ rows
-            found[name] = found[name].add_(product) if name in found else product
-
-    watch_inputs(model, layers, workload.calibration, observe)
-    return found
-
-
-def rows_of(layer: nn.Module, x: Tensor) -> Iterator[Tensor]:
-    """What the columns of the layer's weight are multiplied with, (groups, rows, in), a few examples at a time."""
-    if not isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        yield x.reshape(1, -1, x.shape[-1])
-        return
-    dims = len(layer.kernel_size)
-    x = _padded(layer, x if x.dim() == dims + 2 else x.unsqueeze(0))
-    examples = max(1, VALUES // prod((*x.shape[1:], *layer.kernel_size)))
-    for part in x.split(examples):
-        seen = windows(part, layer.kernel_size, layer.stride, layer.dilation).unflatten(1, (layer.groups, -1))
-        # (n, groups, channels, *positions, *kernel) to (groups, n · positions, channels · kernel)
-        order = (1, 0, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims))
-        yield seen.permute(order).flatten(1, 1 + dims).flatten(2)
-
-
-def _padded(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
-    sides: list[int] = []  # from the last dimension to the first, as F.pad takes them
-    for dim in reversed(range(len(layer.kernel_size))):
-        if isinstance(layer.padding, str):
-            total = layer.dilation[dim] * (layer.kernel_size[dim] - 1) if layer.padding == "same" else 0
-            sides += [total // 2, total - total // 2]
-        else:
-            sides += [layer.padding[dim], layer.padding[dim]]
-    return F.pad(x, sides, "constant" if layer.padding_mode == "zeros" else layer.padding_mode)

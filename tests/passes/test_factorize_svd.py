@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from featherweight import targets
+from featherweight import gram, targets
 from featherweight.errors import LayerError, RecipeError, WorkloadError
 from featherweight.passes import factorize_svd
 from featherweight.passes.distill_soft import DistillSoft
@@ -18,7 +18,6 @@ from featherweight.passes.factorize_svd import (
     damped_root,
     matrices,
     rank_for_parameters,
-    second_moments,
     svd_factors,
     whitened_factors,
 )
@@ -180,17 +179,6 @@ def test_an_embedding_of_low_rank_becomes_a_narrower_one_and_a_linear_layer() ->
     torch.testing.assert_close(after(ids), table(ids), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", LAYERS)
-def test_second_moments_are_those_of_what_the_weights_multiply(kind: str) -> None:
-    layer, shape = copy.deepcopy(LAYERS[kind][0]), LAYERS[kind][1]
-    layer.bias = None
-    batch = torch.randn(shape)
-    moment = second_moments(nn.Sequential(layer), {"0": layer}, [(batch,)])["0"].double()
-    weight = matrices(layer).double()
-    energy = torch.einsum("goi,gij,goj->", weight, moment, weight)  # Σ y² = tr(W E[xxᵀ] Wᵀ)
-    torch.testing.assert_close(energy, layer(batch).double().square().sum(), rtol=1e-5, atol=1e-5)
-
-
 def test_second_moments_that_do_not_fit_into_memory_together_are_taken_in_turn(monkeypatch) -> None:
     workload = networks()["residual"]
     together, coverage = compress_model(Recipe((FactorizeSvd(),), "torch"), workload)
@@ -206,7 +194,7 @@ def test_a_sample_of_the_rows_does_nearly_as_well_as_all(monkeypatch) -> None:
     model, batches, unseen = nn.Sequential(nn.Linear(32, 32)), correlated(4000, mix).split(500), correlated(500, mix)
 
     def error(rows: int) -> float:
-        monkeypatch.setattr(factorize_svd, "ROWS", rows)
+        monkeypatch.setattr(gram, "SAMPLE", rows)
         return (factorized(model, *batches)[0](unseen) - model(unseen)).square().sum().item()
 
     assert error(4000) <= error(400) < 1.3 * error(4000)
@@ -338,7 +326,7 @@ def test_data_that_is_no_number_is_refused_by_the_layer_that_reads_it() -> None:
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
     bad = torch.randn(4, 16)
     bad[1, 3] = torch.nan
-    with pytest.raises(WorkloadError, match=r"the input of '0' is NaN or infinite.*whiten: false"):
+    with pytest.raises(WorkloadError, match=r"'0' read NaN or infinite.*where: '!0'"):
         factorized(model, torch.randn(4, 16), bad)
 
 

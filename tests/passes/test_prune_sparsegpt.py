@@ -4,13 +4,12 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from featherweight.masks import largest
 from featherweight.passes import prune_sparsegpt
 from featherweight.passes.prune_magnitude import PruneMagnitude
-from featherweight.passes.prune_sparsegpt import PruneSparsegpt, inverse_factor, rows_of, sparsegpt
+from featherweight.passes.prune_sparsegpt import PruneSparsegpt, inverse_factor, sparsegpt
 from featherweight.passes.prune_wanda import PruneWanda
 from featherweight.recipe import Recipe, compress_model
 from featherweight.surgery import recording
@@ -150,45 +149,6 @@ def test_inputs_that_are_always_zero_break_nothing():
 
 
 # ------------------------------------------------------------------------------------------------ layers
-
-
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
-@pytest.mark.parametrize("values", [1 << 24, 1])
-@pytest.mark.parametrize(
-    ("layer", "size"),
-    [
-        (nn.Linear(6, 4, bias=False), (3,)),
-        (nn.Conv1d(6, 4, 3, padding=2, dilation=2, bias=False), (9,)),
-        (nn.Conv1d(6, 6, 4, padding="same", groups=3, bias=False), (9,)),
-        (nn.Conv2d(6, 4, (3, 2), stride=(2, 1), padding=(1, 0), groups=2, bias=False), (7, 6)),
-        (nn.Conv2d(6, 12, 3, padding=1, groups=6, padding_mode="circular", bias=False), (5, 5)),
-        (nn.Conv2d(6, 4, 3, padding="valid", bias=False), (5, 5)),
-        (nn.Conv3d(6, 4, 2, stride=2, padding=1, padding_mode="reflect", bias=False), (4, 3, 5)),
-    ],
-    ids=str,
-)
-def test_rows_times_the_weight_are_the_outputs(layer, size, values, monkeypatch):
-    layer.reset_parameters()  # from the seed of every test
-    monkeypatch.setattr(prune_sparsegpt, "VALUES", values)
-    x = torch.randn(5, *size, 6) if isinstance(layer, nn.Linear) else torch.randn(5, 6, *size)
-    parts = list(rows_of(layer, x))
-    assert len(parts) == (1 if isinstance(layer, nn.Linear) or values > 1 else 5)
-    rows = torch.cat(parts, dim=1)
-    weight = layer.weight.flatten(1).view(len(rows), -1, rows.shape[2])
-    wanted = layer(x) if isinstance(layer, nn.Linear) else layer(x).movedim(1, -1)
-    torch.testing.assert_close((rows @ weight.mT).movedim(0, 1).flatten(1), wanted.reshape(rows.shape[1], -1))
-
-
-def test_windows_are_those_of_unfold():
-    layer = nn.Conv2d(3, 4, 3, padding=1, stride=2)
-    x = torch.randn(2, 3, 8, 8)
-    (rows,) = rows_of(layer, x)
-    torch.testing.assert_close(rows[0], F.unfold(x, 3, padding=1, stride=2).mT.flatten(0, 1))
-
-
-def test_an_input_without_a_batch_is_one_example():
-    layer, x = nn.Conv2d(3, 4, 3), torch.randn(3, 6, 6)
-    assert torch.equal(*(next(iter(rows_of(layer, value))) for value in (x, x.unsqueeze(0))))
 
 
 def test_too_wide_layers_are_left(monkeypatch):
