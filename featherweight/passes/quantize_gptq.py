@@ -122,8 +122,8 @@ class QuantizeGptq(Pass):
             does not divide a row, the largest smaller size that does is taken.
         order: whether the inputs of the largest mean square are rounded first.
         sequential: whether each layer sees inputs from the network as rounded so far, which takes a run of the network
-            up to that layer for each; else all are seen in one run of the original. Worth its time at 2 bits; at 3 and
-            4 the outputs of networks of 3 to 12 layers came out within a few percent either way.
+            up to that layer for each; else all are seen in one run of the original. What it gained or lost at 2 to 4
+            bits, in networks of 3 to 12 layers, was mostly within chance (LOG.md).
         damping: share of the mean square of the inputs that is added to the square of each.
     """
 
