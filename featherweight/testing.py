@@ -368,9 +368,12 @@ class PassContract:
                 assert [a.shape for a in found] == [(size, *b.shape[1:]) for b in original]
                 assert all(np.isfinite(array).all() for array in found)
 
-    @pytest.mark.parametrize("target", targets.installed())
-    def test_exports_with_outputs_that_agree(self, kind: type[Pass], network: str, target: str, tmp_path: Path) -> None:
+    def test_exports_with_outputs_that_agree(self, kind: type[Pass], network: str, tmp_path: Path) -> None:
+        """Each network goes to one target, in turn, so that every target sees some; all of them would take minutes."""
         if (result := compressed(kind(), network)) is not None:
+            installed = targets.installed()
+            turn = sum(map(ord, kind.name())) + list(networks()).index(network)
+            target = installed[turn % len(installed)]
             check_export(targets.find(target), result[0], networks()[network], tmp_path)
 
 
