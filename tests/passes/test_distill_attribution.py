@@ -217,7 +217,7 @@ FLOATS, WHOLE = torch.randn(8, 4), torch.randint(0, 9, (8,))
     ("how", "x", "error", "message"),
     [
         ("once", FLOATS, LayerError, "needs gradients of gradients, and an operator of the network has none"),
-        ("apart", FLOATS, LayerError, "do not depend on its inputs in a way that has a gradient"),
+        ("apart", FLOATS, LayerError, "do not depend on the model's inputs in a way that has a gradient"),
         ("probabilities", FLOATS, WorkloadError, "distill_attribution needs logits"),
         ("whole", WHOLE, LayerError, "the inputs are whole numbers, which have no gradients, and no layer of Odd"),
     ],
