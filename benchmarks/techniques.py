@@ -1,152 +1,207 @@
 """Every pass at several strengths on real networks: what it costs in score, and what it saves in bytes and time.
 
     python benchmarks/techniques.py [image text speech] [--passes prune_random,quantize_gptq] [--threads 2]
-        [--json out/techniques.json] [--markdown docs/techniques.md]
+        [--folder out/techniques] [--markdown docs/techniques.md] [--untimed]
 
 Each row is one recipe of the pass alone; passes that teach follow a pruning that they are to repair, which stands in a
 row of its own. Batch norms are folded first where weights are rounded. A recipe is run once, exported to every target,
 scored as the artifact of the first target that can hold it, and timed on all of them, in turn with the eager original;
 the ratio is eager fp32 over the artifact. A pass that is not in STRENGTHS runs with its defaults, so a new one needs
-nothing here. Rows end up in the JSON file one by one, and those that are there already are not run again.
+nothing here. Rows end up in a JSON file one by one, and what is there already is not run again.
+
+With --untimed nothing is timed and the exported files stay in the folder, so that the long part may run beside other
+work; a later call on a quiet machine times them and removes them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import re
+import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peers_ptq import EXAMPLES, as_predict, eager, timed
-from torch import nn
+from torch import Tensor, nn
 
 from featherweight import passes, targets
 from featherweight.errors import FeatherweightError
 from featherweight.measure import drop_bounds
 from featherweight.passes import Pass, build
 from featherweight.recipe import Recipe, compress_model
+from featherweight.surgery import encodings
 from featherweight.timing import ratio
 from featherweight.workload import Workload, load, predictor, scores, tensors
 
 WORKLOADS = ("image", "text", "speech")
 SHARES = [{"share": 0.2}, {"share": 0.5}, {"share": 0.8}]
-LAYER_SHARES = [{"share": 0.1}, {"share": 0.2}, {"share": 0.4}]
 BITS = [{"bits": 8}, {"bits": 4}, {"bits": 3}]
 STRENGTHS: dict[str, list[dict[str, Any]]] = {
     "prune_random": SHARES,
-    "prune_magnitude": SHARES,
-    "prune_wanda": SHARES,
-    "prune_sparsegpt": SHARES,
-    "prune_channels": LAYER_SHARES,
-    "quantize_weights": [{"bits": 8}, {"bits": 4}, {"bits": 4, "block": 32}],
+    "prune_magnitude": [*SHARES, {"share": 0.5, "scope": "global"}, {"share": 0.5, "pattern": "2:4"}],
+    "prune_wanda": [*SHARES, {"share": 0.5, "pattern": "2:4"}],
+    "prune_sparsegpt": [*SHARES, {"share": 0.5, "pattern": "2:4"}],
+    "prune_channels": [
+        *({"share": share, "importance": kind} for kind in ("random", "taylor") for share in (0.1, 0.2, 0.4)),
+        {"share": 0.2, "importance": "magnitude"},
+    ],
+    "prune_heads": [{"share": 0.1}, {"share": 0.25}, {"share": 0.5}],
+    "drop_layers": [{"share": 0.17}, {"share": 0.34}],
+    "factorize_svd": [{"share": 0.7}, {"share": 0.5}, {"share": 0.5, "whiten": False}, {"share": 0.3}],
+    "factorize_tucker": [{"share": 0.7}, {"share": 0.5}, {"share": 0.3}],
+    "quantize_static": [{"range": "mse"}, {"range": "minmax"}],
+    "quantize_weights": [{"bits": 8}, {"bits": 4}, {"bits": 4, "block": 32}, {"bits": 3}],
     "quantize_gptq": BITS,
     "quantize_hqq": BITS,
+    "quantize_awq": BITS,
+    "quantize_fixed": [{"bits": 8}, {"bits": 6}],
     "cluster_kmeans": BITS,
     "compand_weights": [{"bits": 8}, {"bits": 4}],
+    "scale_weights": [{"narrow": "float16"}, {"narrow": "float8"}],
 }
-STEPS = {"image": 250, "text": 100, "speech": 40}  # of passes that teach
-REPAIRED = ("prune_channels", {"share": 0.2})
-TEACHING = ("distill_", "learn_")
-ROUNDING = ("quantize_", "cluster_", "compand_", "scale_", "prune_", "factorize_")
+STEPS = {"image": (60, 240), "text": (25, 100), "speech": (10, 40)}  # of passes that teach
+REPAIRED = {"share": 0.2, "importance": "taylor"}  # of prune_channels
+TEACHING = ("distill_",)
+FIRST_FOLDED = ("quantize_", "cluster_", "compand_", "scale_", "prune_", "factorize_")
+
+
+INTRODUCTION = """# Techniques, each alone
+
+<!-- Written by benchmarks/techniques.py. -->
+
+What each pass does by itself to the networks of `examples/`, without a search. `drop at most` is the upper end of the
+95 % interval of the drop of the score, `MB` the smallest file of the targets, `packed MB` what the weights would take
+with codes at their own width and zeros in a bitmap, `×` how many times faster than the eager fp32 original (batch 1, 2
+threads), `seconds` those that the pass took. Batch norms are folded first where weights are changed.
+"""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One recipe on one network. `ratios` by target: eager fp32 over the artifact, the median over rounds."""
+    """One recipe on one network. `ratios` by target: eager fp32 over the artifact, the median over rounds.
+
+    `packed` is what the weights would take with codes at their own width, and zeros in a bitmap where that is smaller.
+    """
 
     workload: str
     steps: str
-    score: float
-    drop: float
-    drop_low: float | None
-    drop_upper: float
-    bytes: dict[str, int]
-    ratios: dict[str, float]
-    seconds: float
+    score: float = 0.0
+    drop: float = 0.0
+    drop_low: float | None = None
+    drop_upper: float = 0.0
+    bytes: dict[str, int] = field(default_factory=dict)
+    packed: int = 0
+    ratios: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
     refused: str = ""
 
 
-def recipes(workload: Workload, name: str, wanted: list[str]) -> Iterator[tuple[Pass, ...]]:
-    """The steps of every row, the original first."""
+def recipes(workload: Workload, name: str, wanted: list[str]) -> Iterator[tuple[str, tuple[Pass, ...]]]:
+    """What each row is called, and its steps; the original first."""
     has_norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in workload.model.modules())
     fold = (build("fold_batchnorm", {}, "fold"),) if has_norms else ()
-    yield ()
+    yield "the original", ()
     for kind in wanted:
+        if kind.startswith(TEACHING):
+            before = build("prune_channels", REPAIRED, "repaired")
+            for steps in STEPS[name]:
+                settings = {"steps": steps, "lr": 0.005 if has_norms else 0.003, "epochs": 1.0}
+                yield f"prune_channels share 0.2 + {kind} steps {steps}", (before, build(kind, settings, kind))
+            continue
+        first = fold if kind.startswith(FIRST_FOLDED) and kind != "prune_channels" else ()
         for settings in STRENGTHS.get(kind, [{}]):
-            if kind.startswith(TEACHING):
-                before = build(*REPAIRED, "repaired")
-                yield (
-                    before,
-                    build(kind, {"steps": STEPS[name], "lr": 0.005 if has_norms else 0.003, **settings}, kind),
-                )
-            else:
-                first = fold if kind.startswith(ROUNDING) and kind != "prune_channels" else ()
-                yield (*first, build(kind, settings, kind))
+            yield said(kind, settings), (*first, build(kind, settings, kind))
 
 
-def run(name: str, workload: Workload, steps: tuple[Pass, ...], before: list[float], threads: int) -> Row:
-    """One row, or its refusal."""
-    said = " + ".join(_said(step) for step in steps) or "the original"
+def said(kind: str, settings: Mapping[str, Any]) -> str:
+    return f"{kind} {', '.join(f'{k} {v}' for k, v in settings.items())}".strip()
+
+
+def compressed(row: Row, workload: Workload, steps: tuple[Pass, ...], before: list[float], folder: Path) -> Row:
+    """The row with its score and bytes, or its refusal; the files of each target are left in `folder`."""
     start = time.perf_counter()
     try:
         model, _ = compress_model(Recipe(steps, targets.installed()[0]), workload)
     except FeatherweightError as error:
-        return Row(name, said, 0.0, 0.0, None, 0.0, {}, {}, time.perf_counter() - start, str(error))
+        return replace(row, refused=str(error), seconds=time.perf_counter() - start)
     seconds = time.perf_counter() - start
-    with tempfile.TemporaryDirectory() as scratch:
-        runners, sizes, refusals = {}, {}, []
-        for target in targets.installed():
-            folder = Path(scratch) / target
-            folder.mkdir()
-            try:
-                targets.find(target).export(model, workload, folder)
-            except FeatherweightError as error:
-                refusals.append(f"{target}: {error}")
-                continue
-            sizes[target] = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-            runners[target] = targets.find(target).load(folder, threads)
-        predict = as_predict(runners["openvino"] if "openvino" in runners else next(iter(runners.values())))
-        after = scores(workload.score, predict).tolist()
-        inputs = [tensor[:1].numpy() for tensor in tensors(workload.example)]
-        times = timed([eager(workload.model), *runners.values()], inputs, rounds=7)
-    ratios = {target: ratio(times[0], taken).median for target, taken in zip(runners, times[1:], strict=True)}
-    drop = sum(before) / len(before) - sum(after) / len(after)
-    bounds = drop_bounds(before, after)
-    return Row(name, said, sum(after) / len(after), drop, *bounds, sizes, ratios, seconds, "; ".join(refusals))
+    sizes, refusals = {}, []
+    for target in targets.installed():
+        (folder / target).mkdir(parents=True, exist_ok=True)
+        try:
+            targets.find(target).export(model, workload, folder / target)
+        except FeatherweightError as error:
+            shutil.rmtree(folder / target)
+            refusals.append(f"{target}: {error}")
+            continue
+        sizes[target] = sum(path.stat().st_size for path in (folder / target).rglob("*") if path.is_file())
+    if not sizes:
+        return replace(row, refused="; ".join(refusals), seconds=seconds)
+    scored = "openvino" if "openvino" in sizes else next(iter(sizes))
+    after = scores(workload.score, as_predict(targets.find(scored).load(folder / scored, torch.get_num_threads())))
+    mean = after.mean().item()
+    bounds = dict(zip(("drop_low", "drop_upper"), drop_bounds(before, after.tolist()), strict=True))
+    found = replace(row, score=mean, drop=sum(before) / len(before) - mean, bytes=sizes, packed=packed(model))
+    return replace(found, **bounds, seconds=seconds, refused="; ".join(refusals))
 
 
-def _said(step: Pass) -> str:
-    told = {k: v for k, v in step.settings().items() if v != getattr(type(step)(), k)}
-    return step.name() + (f" {', '.join(f'{k} {v}' for k, v in told.items())}" if told else "")
+def packed(model: nn.Module) -> int:
+    """Bytes of all weights: each code at its own width, zeros in a bitmap where that is smaller; tables and scales."""
+    encoded = encodings(model).values()
+    total = sum(_packed(e.decode(), getattr(e, "bits", e.bits_per_weight)) for e in encoded)
+    beside = sum(b.nbytes for e in encoded for name, b in e.named_buffers() if name in ("scale", "table", "columns"))
+    return total + beside + sum(p.nbytes for p in model.parameters())
 
 
-def markdown(rows: list[Mapping[str, Any]]) -> str:
+def _packed(dense: Tensor, bits: float) -> int:
+    """
+    >>> _packed(torch.zeros(80), 8), _packed(torch.ones(80), 8)
+    (10, 80)
+    """
+    count = dense.numel()
+    return math.ceil(min(count * bits, count + int((dense != 0).sum()) * bits) / 8)
+
+
+def clocked(row: Row, workload: Workload, folder: Path, threads: int) -> Row:
+    """The row with the ratio of each target's file in `folder`."""
+    runners = {target: targets.find(target).load(folder / target, threads) for target in row.bytes}
+    inputs = [tensor[:1].numpy() for tensor in tensors(workload.example)]
+    times = timed([eager(workload.model), *runners.values()], inputs, rounds=7)
+    pairs = zip(runners, times[1:], strict=True)
+    return replace(row, ratios={target: ratio(times[0], taken).median for target, taken in pairs})
+
+
+def markdown(rows: list[Row]) -> str:
     """The table, one for each workload."""
-    parts = ["# Techniques, each alone", "<!-- Written by benchmarks/techniques.py. -->"]
     columns = targets.names()
-    for name in dict.fromkeys(row["workload"] for row in rows):
+    parts = [INTRODUCTION]
+    for name in dict.fromkeys(row.workload for row in rows):
         parts.append(f"## {name}\n")
-        parts.append("| steps | score | drop at most | MB | " + " | ".join(f"× {t}" for t in columns) + " | seconds |")
-        parts.append("|---" * (5 + len(columns)) + "|")
-        for row in rows:
-            if row["workload"] != name:
-                continue
-            if not row["bytes"]:
-                parts.append(f"| {row['steps']} | refused: {row['refused']} |" + " |" * (3 + len(columns)))
-                continue
-            paces = " | ".join(f"{row['ratios'][t]:.2f}" if t in row["ratios"] else "–" for t in columns)
-            megabytes = min(row["bytes"].values()) / 1e6
-            parts.append(
-                f"| {row['steps']} | {row['score']:.4f} | {row['drop_upper']:+.4f} | {megabytes:.2f} | {paces} "
-                f"| {row['seconds']:.1f} |"
-            )
-    return "\n".join(parts) + "\n"
+        paces = " | ".join(f"× {target}" for target in columns)
+        parts.append(f"| steps | score | drop at most | MB | packed MB | {paces} | seconds |")
+        parts.append("|---" * (6 + len(columns)) + "|")
+        parts.extend(_line(row, columns) for row in rows if row.workload == name)
+        parts.append("")
+        refusals = [row for row in rows if row.workload == name and row.refused]
+        parts.extend(f"- {row.steps}: {' '.join(row.refused.split())}" for row in refusals)
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _line(row: Row, columns: Sequence[str]) -> str:
+    if not row.bytes:
+        return f"| {row.steps} | refused, see below |" + " |" * (4 + len(columns))
+    paces = " | ".join(f"{row.ratios[t]:.2f}" if t in row.ratios else "–" for t in columns)
+    return (
+        f"| {row.steps} | {row.score:.4f} | {row.drop_upper:+.4f} | {min(row.bytes.values()) / 1e6:.2f} "
+        f"| {row.packed / 1e6:.2f} | {paces} | {row.seconds:.1f} |"
+    )
 
 
 def main() -> None:
@@ -154,24 +209,45 @@ def main() -> None:
     parser.add_argument("workloads", nargs="*", default=WORKLOADS, help="of examples/")
     parser.add_argument("--passes", default=",".join(passes.names()), help="separated by commas; all by default")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, default=Path("out/techniques.json"))
+    parser.add_argument("--folder", type=Path, default=Path("out/techniques"), help="of rows.json and of files to time")
     parser.add_argument("--markdown", type=Path, help="where to write the table")
+    parser.add_argument("--untimed", action="store_true", help="leave the timing to a later call")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    rows = json.loads(arguments.json.read_text()) if arguments.json.exists() else []
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    rows = Rows(arguments.folder / "rows.json")
     for name in arguments.workloads:
         workload = load(str(EXAMPLES / f"{name}.py"))
         before = scores(workload.score, predictor(workload.model)).tolist()
-        for steps in recipes(workload, name, arguments.passes.split(",")):
-            said = " + ".join(_said(step) for step in steps) or "the original"
-            if any((row["workload"], row["steps"]) == (name, said) for row in rows):
-                continue
-            rows.append(asdict(run(name, workload, steps, before, arguments.threads)))
-            arguments.json.write_text(json.dumps(rows, indent=1))
-            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+        for steps_said, steps in recipes(workload, name, arguments.passes.split(",")):
+            folder = arguments.folder / name / re.sub(r"[^\w.+:-]", "_", steps_said)
+            row = rows.find(name, steps_said)
+            if row is None or (row.bytes and not row.ratios and not folder.is_dir()):
+                row = rows.keep(compressed(Row(name, steps_said), workload, steps, before, folder))
+            if row.bytes and not row.ratios and not arguments.untimed:
+                rows.keep(clocked(row, workload, folder, arguments.threads))
+                shutil.rmtree(folder)
     if arguments.markdown:
-        arguments.markdown.write_text(markdown(rows), encoding="utf-8")
+        arguments.markdown.write_text(markdown(rows.rows), encoding="utf-8")
+
+
+class Rows:
+    """The rows in a JSON file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows = [Row(**row) for row in json.loads(path.read_text())] if path.exists() else []
+
+    def find(self, workload: str, steps: str) -> Row | None:
+        return next((row for row in self.rows if (row.workload, row.steps) == (workload, steps)), None)
+
+    def keep(self, row: Row) -> Row:
+        """Adds a row, or puts it in the place of the one of that name."""
+        old = self.find(row.workload, row.steps)
+        self.rows = [row if r is old else r for r in self.rows] if old else [*self.rows, row]
+        self.path.write_text(json.dumps([asdict(r) for r in self.rows], indent=1))
+        print(json.dumps(asdict(row)), file=sys.stderr, flush=True)
+        return row
 
 
 if __name__ == "__main__":

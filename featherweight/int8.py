@@ -145,7 +145,7 @@ def use_int8(program: fx.GraphModule) -> fx.GraphModule:
     return program
 
 
-def _constant(program: fx.GraphModule, node: Any) -> Any:
+def constant(program: fx.GraphModule, node: Any) -> Any:
     """The tensor that a node reads from the program, or None."""
     return (
         operator.attrgetter(str(node.target))(program) if isinstance(node, fx.Node) and node.op == "get_attr" else None
@@ -163,9 +163,9 @@ def _replace(program: fx.GraphModule, node: Any, kind: Callable[..., Int8Layer])
     if (axis, block) != (0, 0) or bits <= PACKED_BITS:
         return
     x, *quantizer = rounded.args
-    x_scale, x_zero = (_constant(program, argument).item() for argument in quantizer)
-    codes, w_scale = (_constant(program, argument) for argument in weight.args[:2])
-    bias, places = (_constant(program, rest[0]), rest[1:]) if rest else (None, [])
+    x_scale, x_zero = (constant(program, argument).item() for argument in quantizer)
+    codes, w_scale = (constant(program, argument) for argument in weight.args[:2])
+    bias, places = (constant(program, rest[0]), rest[1:]) if rest else (None, [])
     name = f"int8_{node.name}"
     program.add_submodule(name, kind(codes, w_scale, bias, x_scale, x_zero, *places))
     with program.graph.inserting_before(node):
@@ -174,11 +174,11 @@ def _replace(program: fx.GraphModule, node: Any, kind: Callable[..., Int8Layer])
 
 
 def _decode_once(program: fx.GraphModule, node: Any) -> None:
-    arguments = [_constant(program, value) if isinstance(value, fx.Node) else value for value in node.args]
+    arguments = [constant(program, value) if isinstance(value, fx.Node) else value for value in node.args]
     dense, last = node.target(*arguments), node
     (*others, user) = node.users
     if not others and user.target is torch.ops.aten.mul.Tensor and user.args[0] is node:
-        columns = _constant(program, user.args[1])
+        columns = constant(program, user.args[1])
         if columns is not None:
             dense, last = dense * columns, user
     name = f"decoded_{node.name}"

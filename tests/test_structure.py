@@ -35,6 +35,7 @@ LAYERS = (
         "losses",
         "onnx_graph",
         "onnx_pairs",
+        "sparse",
         "teacher",
         "training",
     },
