@@ -418,54 +418,66 @@ def nearest(x: Float[Tensor, "rows n"], table: Float[Tensor, "rows entries"]) ->
 
 
 @torch.library.custom_op("featherweight::look_up", mutates_args=())
-def look_up(codes: Tensor, table: Tensor, shape: list[int], entries: int, bits: int) -> Tensor:
+def look_up(codes: Tensor, table: Tensor, scale: Tensor | None, shape: list[int], entries: int, bits: int) -> Tensor:
     """What stands in a table under each code, in single precision, as a dense tensor of `shape`.
 
     Args:
         codes: uint8 of `shape` for 8 bits; the bytes of `pack4` for 4.
-        table: (values,) that all codes share; or (shape[0] * entries,), those of each index of axis 0 in turn.
+        table: (tables * entries,), one table after the other. All weights in order, as many read the first table as
+            read the next.
+        scale: (tables, 1), by which the values of each table are multiplied, or None.
         shape: of what is returned.
-        entries: of the table of each index of axis 0; 0 where there is one table.
+        entries: of each table.
         bits: that a code takes: 8 or 4.
     """
     if bits == 4:
         codes = unpack_unsigned4(codes, torch.Size(shape).numel())
-    places = codes.reshape(shape[0], -1).to(torch.int32)
-    if entries:
-        places += entries * torch.arange(shape[0], dtype=torch.int32, device=codes.device).unsqueeze(1)
-    return table.float()[places].view(shape)
+    values = table.float().view(-1, entries)
+    values = values if scale is None else values * scale
+    places = codes.reshape(len(values), -1).to(torch.int64)
+    return values.gather(1, places).view(shape)
 
 
 @look_up.register_fake
-def _(codes: Tensor, table: Tensor, shape: list[int], entries: int, bits: int) -> Tensor:
+def _(codes: Tensor, table: Tensor, scale: Tensor | None, shape: list[int], entries: int, bits: int) -> Tensor:
     return table.new_empty(shape, dtype=torch.float32)
 
 
 class Codebook(Encoding):
-    """Codes that name entries of a table, one table for all weights or one for each index of axis 0.
+    """Codes that name entries of a table, one table for all weights or one for each so many in a row.
 
     A code takes half a byte where a table has 16 entries or fewer, else a byte. Where `mask` is given, weights outside
-    it stay zero through training: the table must hold a zero.
+    it stay zero through training: the tables must hold a zero.
     """
 
     codes: Tensor
     table: Tensor
+    scale: Tensor | None
     mask: Tensor | None
 
-    def __init__(self, dense: Tensor, table: Tensor) -> None:
-        """Codes name the entries nearest to `dense`; `table` is (values,), or (dense.shape[0], values), at most 256."""
+    def __init__(self, dense: Tensor, table: Tensor, scale: Tensor | None = None) -> None:
+        """Codes name the entries nearest to `dense`.
+
+        Args:
+            dense: the tensor.
+            table: (tables, values) or (values,), at most 256 values each. The first table is that of the first
+                dense.numel() / tables weights.
+            scale: (tables, 1), by which the values of each table are multiplied.
+        """
         super().__init__()
         self.shape, self.dtype = tuple(dense.shape), dense.dtype
-        self.entries = table.shape[1] if table.dim() == 2 else 0
-        self.bits = 4 if table.shape[-1] <= 16 else 8
+        self.entries = table.shape[-1]
+        self.bits = 4 if self.entries <= 16 else 8
         ascending = table.detach().float().sort(-1).values.to(table.dtype)
         self.register_buffer("table", ascending.flatten())
+        self.register_buffer("scale", None if scale is None else scale.detach().clone())
         self.register_buffer("codes", torch.empty(0, dtype=torch.uint8))
         self.mask = None  # no buffer: an exported program would hold it
         self.store(dense.detach())
 
     def _tables(self) -> Tensor:
-        return self.table.float().view(self.shape[0] if self.entries else 1, -1)
+        values = self.table.float().view(-1, self.entries)
+        return values if self.scale is None else values * self.scale
 
     def _codes(self, dense: Tensor, tables: Tensor) -> Tensor:
         kept = dense if self.mask is None else dense * self.mask
@@ -480,16 +492,28 @@ class Codebook(Encoding):
         return tables.gather(1, self._codes(dense, tables)).reshape(self.shape).to(self.dtype)
 
     def decode(self) -> Tensor:
-        dense = torch.ops.featherweight.look_up(self.codes, self.table, list(self.shape), self.entries, self.bits)
+        dense = torch.ops.featherweight.look_up(
+            self.codes, self.table, self.scale, list(self.shape), self.entries, self.bits
+        )
         return dense if self.dtype == torch.float32 else dense.to(self.dtype)
 
     @property
     def bits_per_weight(self) -> float:
-        return _bits_per_weight(self.shape, self.codes, self.table)
+        stored = (self.codes, self.table, *([] if self.scale is None else [self.scale]))
+        return _bits_per_weight(self.shape, *stored)
 
     def describe(self) -> str:
-        grain = "per channel" if self.entries else "per tensor"
-        return f"codebook of {self.entries or self.table.numel()} {grain}"
+        return f"codebook of {self.entries} {self._grain()}"
+
+    def _grain(self) -> str:
+        row = torch.Size(self.shape[1:]).numel()
+        tables = len(self.table) // self.entries
+        together = row * self.shape[0] // tables
+        if tables == 1:
+            return "per tensor"
+        if together % row:
+            return f"per block of {together}"
+        return "per channel" if together == row else f"per {together // row} channels"
 
 
 def _bits_per_weight(shape: tuple[int, ...], *stored: Tensor) -> float:

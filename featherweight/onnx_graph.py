@@ -85,12 +85,15 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         return op.DequantizeLinear(codes, scale, zero_point)
 
     # Casts, not DequantizeLinear: ONNX Runtime would decode that anew for every input, where the rest runs once.
-    def look_up(codes, table, shape, entries: int, bits: int):  # type: ignore[no-untyped-def]
-        places = op.Cast(codes, to=onnx_ir.DataType.INT32)
-        if entries:
-            starts = entries * np.arange(shape[0], dtype=np.int32).reshape(-1, *[1] * (len(shape) - 1))
-            places = op.Add(places, op.Constant(value=onnx_ir.tensor(starts)))
-        return op.Cast(op.Gather(table, places), to=single)
+    def look_up(codes, table, scale, shape, entries: int, bits: int):  # type: ignore[no-untyped-def]
+        places, tables = op.Cast(codes, to=onnx_ir.DataType.INT32), table.shape[0] // entries
+        if scale is not None:
+            table = op.Reshape(op.Mul(op.Reshape(op.Cast(table, to=single), [tables, entries]), scale), [-1])
+        if tables == 1:
+            return op.Cast(op.Gather(table, places), to=single)
+        starts = op.Constant(value=onnx_ir.tensor(entries * np.arange(tables, dtype=np.int32).reshape(-1, 1)))
+        found = op.Gather(table, op.Add(op.Reshape(places, [tables, -1]), starts))
+        return op.Reshape(op.Cast(found, to=single), shape)
 
     def expand(codes, scale, shape, curve: str, strength: float, bits: int):  # type: ignore[no-untyped-def]
         signed = op.Cast(codes, to=single)

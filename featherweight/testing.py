@@ -391,6 +391,12 @@ def _codebooks(weight: Tensor, values: int) -> Codebook:
     return Codebook(weight, weight.flatten(1).quantile(torch.linspace(0, 1, values), dim=1).T.half())
 
 
+def _codebook_of_halves(weight: Tensor, values: int) -> Codebook:
+    tables = weight.reshape(2, -1).quantile(torch.linspace(0, 1, values), dim=1).T
+    scale = tables.abs().amax(1, keepdim=True) / 127
+    return Codebook(weight, (tables / scale).round().to(torch.int8), scale)
+
+
 def _companded(weight: Tensor, bits: int, curve: str, strength: float) -> Companded:
     return Companded(weight, weight.abs().flatten(1).amax(1), bits=bits, curve=curve, strength=strength)
 
@@ -406,6 +412,7 @@ FORMS: dict[str, tuple[float, Callable[[Tensor], Encoding]]] = {
     "codebook of 16": (0.2, lambda weight: _codebook(weight, 16)),
     "codebook of 200": (0.3, lambda weight: _codebook(weight, 200)),
     "codebook per channel": (0.2, lambda weight: _codebooks(weight, 16)),
+    "codebook of 16 per half": (0.2, lambda weight: _codebook_of_halves(weight, 16)),
     "codebook of 20 per channel": (0.35, lambda weight: _codebooks(weight, 20)),
     "int8 on log": (0.3, lambda weight: _companded(weight, 8, "log", 7.0)),
     "int8 on power": (0.3, lambda weight: _companded(weight, 8, "power", 1.5)),

@@ -144,16 +144,21 @@ class ClusterKmeans(Pass):
 
     Args:
         bits: of each number; a layer has 2^bits different weights at most.
-        scope: what shares its values: all weights of a layer ("tensor") or those of an output channel ("channel").
+        scope: what shares its values: all weights of a layer ("tensor"), those of so many output channels in a row
+            ("channel"), or so many weights of a channel in a row ("block").
+        size: how many. Where it does not divide the channels, or the weights of one, the largest smaller size that does
+            is taken.
         weighted: whether weights count by the energy of the input that they read, as seen on the calibration data;
             those of embeddings, which read none, count alike.
-        table: the format of the values. Where half precision is too narrow for them, they stay in single.
+        table: the format of the values; of int8, each table has its own scale. Where half precision is too narrow for
+            them, they stay in single.
     """
 
     bits: Annotated[int, Range(1, 8)] = 4
-    scope: Annotated[str, Choice("tensor", "channel")] = "tensor"
+    scope: Annotated[str, Choice("tensor", "channel", "block")] = "tensor"
+    size: Annotated[int, Range(1, 65536)] = 1
     weighted: bool = True
-    table: Annotated[str, Choice("float32", "float16")] = "float32"
+    table: Annotated[str, Choice("float32", "float16", "int8")] = "float32"
 
     def apply(self, model: nn.Module, workload: Workload) -> nn.Module:
         layers = select(model, self.where, (*WEIGHTED, nn.Embedding))
@@ -165,24 +170,54 @@ class ClusterKmeans(Pass):
             layer = next(iter(group.values()))
             pruned = isinstance(encoding_of(layer), Masked)
             weight = dense_of(layer)
-            return Codebook(weight, self._table(weight, _counts(weight, group, energies), pruned))
+            table = self._table(weight, _counts(weight, group, energies), pruned)
+            return Codebook(weight, *stored_as(self.table, table))
 
         encode_smaller(groups_by_weight(model, layers), codebook, self.name())
         leave_others(model, self.where, layers, self.name())
         return model
 
-    def _table(self, weight: Tensor, counts: Tensor, pruned: bool) -> Tensor:
-        rows = 1 if self.scope == "tensor" else weight.shape[0]
-        values, counts = weight.float().reshape(rows, -1), counts.float().reshape(rows, -1)
+    def _table(self, weight: Tensor, counts: Tensor, pruned: bool) -> Float[Tensor, "tables values"]:
+        tables = self._tables(weight)
+        values, counts = weight.float().reshape(tables, -1), counts.float().reshape(tables, -1)
         if pruned:
             found = kmeans(values, counts * (values != 0), 2**self.bits - 1)
             found = F.pad(found, (1, 0))
         else:
             found = kmeans(values, counts, 2**self.bits)
-        found = found[0].unique() if rows == 1 else found
-        half = found.half()
-        fits = (half.float() - found).abs().max() <= HALF_LOSES * found.abs().max()
-        return half if self.table == "float16" and fits else found
+        return found.unique().unsqueeze(0) if tables == 1 else found
+
+    def _tables(self, weight: Tensor) -> int:
+        """How many tables a weight gets."""
+        if self.scope == "tensor":
+            return 1
+        if self.scope == "channel":
+            return weight.shape[0] // divisor(weight.shape[0], self.size)
+        return weight.numel() // divisor(weight[0].numel(), self.size)
+
+
+def divisor(count: int, most: int) -> int:
+    """The largest divisor of `count` that is no larger than `most`.
+
+    >>> divisor(12, 5), divisor(7, 3), divisor(4, 100)
+    (4, 1, 4)
+    """
+    return next(size for size in range(min(count, most), 0, -1) if count % size == 0)
+
+
+def stored_as(kind: str, values: Float[Tensor, "tables values"]) -> tuple[Tensor, Tensor | None]:
+    """The values in the format `kind`, and the scales of those in int8.
+
+    >>> stored_as("int8", torch.tensor([[-0.5, 0.0, 1.27]]))
+    (tensor([[-50,   0, 127]], dtype=torch.int8), tensor([[0.0100]]))
+    """
+    largest = values.abs().amax(1, keepdim=True)
+    if kind == "int8":
+        scale = largest.clamp(min=torch.finfo(values.dtype).tiny) / 127
+        return (values / scale).round().to(torch.int8), scale
+    half = values.half()
+    fits = (half.float() - values).abs().max() <= HALF_LOSES * largest.max()
+    return (half if kind == "float16" and fits else values), None
 
 
 def _energies(model: nn.Module, layers: Mapping[str, nn.Module], workload: Workload) -> dict[str, Tensor]:

@@ -94,6 +94,29 @@ def test_more_bits_and_finer_scopes_are_closer_and_cost_more():
     ]
 
 
+def test_tables_of_channels_and_blocks_are_shared_by_as_many_as_were_asked_for():
+    weight = torch.randn(30, 96)
+    asked = {
+        "codebook of 16 per 10 channels": {"scope": "channel", "size": 12},
+        "codebook of 16 per block of 48": {"scope": "block", "size": 50},
+        "codebook of 16 per tensor": {"scope": "channel", "size": 64},
+    }
+    for told, settings in asked.items():
+        layer = clustered(weight, bits=4, **settings)
+        assert encoding_of(layer).describe() == told
+        parts = layer.weight.view(len(encoding_of(layer).table) // 16, -1)
+        assert all(len(part.unique()) == 16 for part in parts)
+
+
+def test_values_in_int8_cost_a_quarter_and_little_error():
+    weight = torch.randn(32, 256) * torch.logspace(-2, 0, 32).unsqueeze(1)
+    wide, narrow = (clustered(weight, scope="channel", table=table) for table in ("float32", "int8"))
+    assert encoding_of(narrow).bits_per_weight == 4 + (16 * 8 + 32) / 256
+    assert encoding_of(narrow).table.dtype == torch.int8
+    more = [error(a, w) / error(b, w) for a, b, w in zip(narrow.weight, wide.weight, weight, strict=True)]
+    assert sum(more) / len(more) < 1.1
+
+
 def test_values_that_half_precision_cannot_hold_stay_in_single():
     weight = torch.randn(16, 64)
     for size, dtype in ((1.0, torch.float16), (1e-7, torch.float32), (1e6, torch.float32)):
@@ -150,13 +173,16 @@ def test_distillation_moves_weights_from_value_to_value():
         assert set(trained[i].weight.unique().tolist()) <= set(table.tolist())
 
 
-@pytest.mark.parametrize("scope", ["tensor", "channel"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"scope": "channel"}, {"scope": "channel", "size": 4, "table": "int8"}, {"scope": "block", "size": 64}],
+)
 @pytest.mark.parametrize("bits", [1, 2, 4])
-def test_zeros_of_a_pruned_network_stay_zero(scope, bits):
+def test_zeros_of_a_pruned_network_stay_zero(settings, bits):
     workload = networks()["mlp"]
     pruned = PruneMagnitude(share=0.6).apply(copy.deepcopy(workload.model), workload)
     zero = pruned[0].weight == 0
-    after = ClusterKmeans(bits=bits, scope=scope).apply(pruned, workload)
+    after = ClusterKmeans(bits=bits, **settings).apply(pruned, workload)
     assert bool((after[0].weight[zero] == 0).all())
     trained = DistillSoft(epochs=5, lr=0.1).apply(after, workload)
     assert bool((trained[0].weight[zero] == 0).all())

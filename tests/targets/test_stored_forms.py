@@ -38,6 +38,7 @@ def test_small_layers_are_not_folded_either(form, tmp_path):
     stored = {
         "codebook of 16": "UINT4",
         "codebook per channel": "UINT4",
+        "codebook of 16 per half": "UINT4",
         "int4 on mu": "INT4",
         "float16": "FLOAT16",
         "bfloat16": "BFLOAT16",
