@@ -24,7 +24,7 @@ NOTE = "<!-- Written by docs/generate.py: change the docstrings, then run it aga
 
 
 def explanations(kind: type) -> dict[str, str]:
-    """What the Args of a docstring say of each name.
+    """What the Args in the docstrings of a class, and of those it derives from, say of each name.
 
     >>> class Prune:
     ...     '''Prunes.
@@ -37,9 +37,15 @@ def explanations(kind: type) -> dict[str, str]:
     >>> explanations(Prune)
     {'share': 'of the weights, the smallest first.', 'scope': 'of the competition.'}
     """
-    _, _, arguments = (inspect.getdoc(kind) or "").partition("Args:\n")
     found: dict[str, str] = {}
-    for line in arguments.splitlines():
+    for base in reversed(kind.__mro__):
+        found |= _explained(inspect.cleandoc(base.__doc__ or ""))
+    return found
+
+
+def _explained(docstring: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for line in docstring.partition("Args:\n")[2].splitlines():
         if start := re.fullmatch(r" {4}(\w+): (.*)", line):
             name = start[1]
             found[name] = start[2]

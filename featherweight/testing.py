@@ -297,8 +297,8 @@ class PassContract:
         assert SOURCE.search(text.partition("Source:")[2]), "a source has an arXiv number, a DOI or an ISBN"
 
     def test_documents_its_settings(self, kind: type[Pass]) -> None:
-        text = kind.__doc__ or ""
-        assert not text.startswith(f"{kind.__name__}("), "the class needs a docstring"
+        assert not (kind.__doc__ or "").startswith(f"{kind.__name__}("), "the class needs a docstring"
+        text = "\n".join(base.__doc__ or "" for base in kind.__mro__)
         for name in settings_of(kind).keys() - settings_of(Pass).keys():
             assert re.search(rf"^\s+{name}: ", text, re.MULTILINE), f"the docstring's Args do not explain {name!r}"
 

@@ -33,4 +33,4 @@ def test_everything_has_its_heading(generate):
 def test_every_setting_is_explained(generate):
     for name in passes.names():
         kind = passes.find(name)
-        assert set(generate.explanations(kind)) == set(kind().settings()) - {"where"}
+        assert set(generate.explanations(kind)) == set(kind().settings())

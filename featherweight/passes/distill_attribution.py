@@ -32,10 +32,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from featherweight.errors import LayerError
 from featherweight.losses import Comparison, kinds_of, logits_among, refuse_without_logits
-from featherweight.passes import Pass
+from featherweight.passes._distillation import Distillation, Lesson
 from featherweight.settings import Choice, Range
 from featherweight.surgery import channel_dim, returned_inside, watch_outputs
-from featherweight.training import report, train
 from featherweight.workload import Batch, Workload, call, like, outputs, tensors
 
 SMALLEST = 1e-12  # squared norm below which an attribution is nothing
@@ -128,28 +127,20 @@ class _Reader:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillAttribution(Pass):
+class DistillAttribution(Distillation):
     """Trains the compressed network towards the outputs of the original, and towards its reasons for them.
 
-    Data is `workload.train`, without its targets, or else the calibration batches.
-
     Args:
-        epochs: how often the data is seen.
-        steps: of the optimiser, at most, in all epochs together; 0 for no bound.
-        lr: how far a step moves a tensor, relative to the size of its values.
         temperature: softens the distributions of the outputs.
         kind: of attribution: "gradient" (which inputs would change the answer) or "gradient_x_input" (which made it).
         weight: of the attributions in the loss, where the outputs have 1.
     """
 
-    epochs: Annotated[float, Range(0.01, 1000.0)] = 1.0
-    steps: Annotated[int, Range(0, 10_000_000)] = 0
-    lr: Annotated[float, Range(1e-6, 1.0)] = 0.01
     temperature: Annotated[float, Range(0.5, 20.0)] = 2.0
     kind: Annotated[str, Choice("gradient", "gradient_x_input")] = "gradient"
     weight: Annotated[float, Range(0.0, 1000.0)] = 10.0
 
-    def apply(self, model: nn.Module, workload: Workload) -> nn.Module:
+    def lesson(self, model: nn.Module, workload: Workload) -> Lesson:
         comparison = Comparison(self.name(), kinds_of(workload), self.temperature)
         refuse_without_logits(workload, comparison.kinds, self.name())
         reader = self._reader(model, workload, comparison.kinds)
@@ -160,19 +151,11 @@ class DistillAttribution(Pass):
             found, own_reasons = reader.read(model, batch, wanted, again=True)
             return comparison.loss(found, wanted) + self.weight * drift(own_reasons, reasons.detach())
 
+        return Lesson(loss, f"{comparison}, {self.kind} of {reader.layer or 'the inputs'}")
+
+    def apply(self, model: nn.Module, workload: Workload) -> nn.Module:
         with differentiable_twice(self.name()):
-            losses, layers = train(
-                model,
-                workload,
-                loss,
-                step=self.name(),
-                where=self.where,
-                epochs=self.epochs,
-                steps=self.steps,
-                lr=self.lr,
-            )
-        report(layers, losses, f"{comparison}, {self.kind} of {reader.layer or 'the inputs'}")
-        return model
+            return super().apply(model, workload)
 
     def _reader(self, model: nn.Module, workload: Workload, kinds: tuple[str, ...]) -> _Reader:
         batch = workload.calibration[0]

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from featherweight.errors import LayerError
 from featherweight.losses import Comparison, kinds_of, relative_error
-from featherweight.passes import Pass
+from featherweight.passes._distillation import Distillation, Lesson
 from featherweight.settings import Choice, Range
 from featherweight.surgery import (
     channel_dim,
@@ -47,7 +47,7 @@ from featherweight.surgery import (
     unlike,
     watch_outputs,
 )
-from featherweight.training import as_in_training, report, train
+from featherweight.training import as_in_training
 from featherweight.workload import Batch, Workload, call, outputs
 
 RIDGE = 1e-4  # of the mean square of a student's channel, so that the fit has one solution
@@ -124,15 +124,10 @@ class _Pair:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillFeatures(Pass):
+class DistillFeatures(Distillation):
     """Trains the compressed network towards the outputs of the original and of its inner layers.
 
-    Data is `workload.train`, without its targets, or else the calibration batches.
-
     Args:
-        epochs: how often the data is seen.
-        steps: of the optimiser, at most, in all epochs together; 0 for no bound.
-        lr: how far a step moves a tensor, relative to the size of its values.
         temperature: softens the distributions of outputs that are logits.
         layers: whose outputs are compared, by the same names in both networks: names with `*`, as in where; "auto"
             takes the blocks of lists of alike blocks, or else the smallest parts that are made of layers, or else all
@@ -142,15 +137,12 @@ class DistillFeatures(Pass):
         weight: of the inner layers in the loss, where the outputs have 1.
     """
 
-    epochs: Annotated[float, Range(0.01, 1000.0)] = 1.0
-    steps: Annotated[int, Range(0, 10_000_000)] = 0
-    lr: Annotated[float, Range(1e-6, 1.0)] = 0.01
     temperature: Annotated[float, Range(0.5, 20.0)] = 2.0
     layers: str = "auto"
     kind: Annotated[str, Choice("values", "attention", "relations")] = "values"
     weight: Annotated[float, Range(0.0, 1000.0)] = 10.0
 
-    def apply(self, model: nn.Module, workload: Workload) -> nn.Module:
+    def lesson(self, model: nn.Module, workload: Workload) -> Lesson:
         teacher, pairs = workload.model, self._pairs(model, workload)
         comparison = Comparison(self.name(), kinds_of(workload), self.temperature)
 
@@ -161,19 +153,8 @@ class DistillFeatures(Pass):
             terms = [pair.error(self.kind, inside[name], wanted_inside[name]) for name, pair in pairs.items()]
             return comparison.loss(found, wanted) + self.weight * torch.stack(terms).mean()
 
-        losses, layers = train(
-            model,
-            workload,
-            loss,
-            step=self.name(),
-            where=self.where,
-            epochs=self.epochs,
-            steps=self.steps,
-            lr=self.lr,
-            besides=[pair.weight for pair in pairs.values() if pair.weight is not None],
-        )
-        report(layers, losses, f"{comparison}, {self.kind} of {listed(list(pairs), 3)}")
-        return model
+        projections = [pair.weight for pair in pairs.values() if pair.weight is not None]
+        return Lesson(loss, f"{comparison}, {self.kind} of {listed(list(pairs), 3)}", projections)
 
     def _pairs(self, model: nn.Module, workload: Workload) -> dict[str, _Pair]:
         """The layers that are compared, by name; of those that cannot be it is said why."""

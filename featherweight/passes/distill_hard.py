@@ -16,17 +16,15 @@ Niculescu-Mizil 2006, doi:10.1145/1150402.1150464, for a network as the labeller
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from featherweight.losses import check_shapes, kinds_of, label_loss, logits_among, refuse_broken, refuse_without_logits
-from featherweight.passes import Pass
-from featherweight.settings import Range
+from featherweight.passes._distillation import Distillation, Lesson
 from featherweight.teacher import teacher_of
-from featherweight.training import report, train
 from featherweight.workload import Batch, Workload, call, outputs
 
 
@@ -43,22 +41,10 @@ def hard_loss(
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillHard(Pass):
-    """Trains the compressed network to choose the class that the original chooses.
+class DistillHard(Distillation):
+    """Trains the compressed network to choose the class that the original chooses."""
 
-    Data is `workload.train`, without its targets, or else the calibration batches.
-
-    Args:
-        epochs: how often the data is seen.
-        steps: of the optimiser, at most, in all epochs together; 0 for no bound.
-        lr: how far a step moves a tensor, relative to the size of its values.
-    """
-
-    epochs: Annotated[float, Range(0.01, 1000.0)] = 1.0
-    steps: Annotated[int, Range(0, 10_000_000)] = 0
-    lr: Annotated[float, Range(1e-6, 1.0)] = 0.01
-
-    def apply(self, model: nn.Module, workload: Workload) -> nn.Module:
+    def lesson(self, model: nn.Module, workload: Workload) -> Lesson:
         kinds, teacher = kinds_of(workload), teacher_of(workload.model)
         refuse_without_logits(workload, kinds, self.name())
 
@@ -68,18 +54,7 @@ class DistillHard(Pass):
             found = logits_among(outputs(call(model, batch)), kinds)
             return torch.stack([self._term(s, t) for s, t in zip(found, wanted, strict=True)]).mean()
 
-        losses, layers = train(
-            model,
-            workload,
-            loss,
-            step=self.name(),
-            where=self.where,
-            epochs=self.epochs,
-            steps=self.steps,
-            lr=self.lr,
-        )
-        report(layers, losses, "hard")
-        return model
+        return Lesson(loss, "hard")
 
     def _term(self, student: Tensor, teacher: Tensor) -> Tensor:
         check_shapes(student, teacher, self.name())

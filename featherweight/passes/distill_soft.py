@@ -25,23 +25,19 @@ from featherweight.losses import (
     logits_among,
     refuse_without_logits,
 )
-from featherweight.passes import Pass
+from featherweight.passes._distillation import Distillation, Lesson
 from featherweight.settings import Choice, Range
 from featherweight.teacher import teacher_of
-from featherweight.training import report, train
 from featherweight.workload import Batch, Workload, call, outputs
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillSoft(Pass):
+class DistillSoft(Distillation):
     """Trains the compressed network towards the outputs of the original.
 
     Data is `workload.train`, or else the calibration batches. Its targets are used where `alpha` asks for them.
 
     Args:
-        epochs: how often the data is seen.
-        steps: of the optimiser, at most, in all epochs together; 0 for no bound.
-        lr: how far a step moves a tensor, relative to the size of its values.
         temperature: softens both distributions, so that unlikely classes count too.
         loss: "kl" for logits of classes in the last dimension, "mse" for other outputs (regressions, embeddings,
             independent yes-or-no logits); "auto" takes "kl" for floating outputs (n, classes) and
@@ -51,14 +47,11 @@ class DistillSoft(Pass):
             are compared with the first output that is logits.
     """
 
-    epochs: Annotated[float, Range(0.01, 1000.0)] = 1.0
-    steps: Annotated[int, Range(0, 10_000_000)] = 0
-    lr: Annotated[float, Range(1e-6, 1.0)] = 0.01
     temperature: Annotated[float, Range(0.5, 20.0)] = 2.0
     loss: Annotated[str, Choice("auto", "kl", "mse")] = "auto"
     alpha: Annotated[float, Range(0.0, 1.0)] = 0.0
 
-    def apply(self, model: nn.Module, workload: Workload) -> nn.Module:
+    def lesson(self, model: nn.Module, workload: Workload) -> Lesson:
         comparison = Comparison(self.name(), kinds_of(workload, self.loss), self.temperature)
         teacher = teacher_of(workload.model)
         if self.alpha:
@@ -73,15 +66,4 @@ class DistillSoft(Pass):
             true = label_loss(logits, checked_labels(target, logits, self.name()))
             return (1 - self.alpha) * soft + self.alpha * true
 
-        losses, layers = train(
-            model,
-            workload,
-            loss,
-            step=self.name(),
-            where=self.where,
-            epochs=self.epochs,
-            steps=self.steps,
-            lr=self.lr,
-        )
-        report(layers, losses, f"{comparison} and labels" if self.alpha else str(comparison))
-        return model
+        return Lesson(loss, f"{comparison} and labels" if self.alpha else str(comparison))

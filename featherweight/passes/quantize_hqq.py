@@ -26,20 +26,10 @@ from torch import Tensor, nn
 
 from featherweight.encodings import Affine, affine_scale, fitting_block, grid, grouped
 from featherweight.passes import Pass
+from featherweight.passes._rounding import round_weights
 from featherweight.settings import Choice, Range
-from featherweight.surgery import (
-    dense_of,
-    done,
-    encode,
-    groups_by_weight,
-    leave_others,
-    left,
-    refuse_quantized,
-    select,
-)
 from featherweight.workload import Workload
 
-KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Embedding)
 ROUNDS = 20
 BETA, GROWTH = 10.0, 1.05  # how firmly e is held to w − s·q, errors in steps of the grid; and how that grows
 
@@ -110,19 +100,7 @@ class QuantizeHqq(Pass):
     norm: Annotated[float, Range(0.2, 1.0)] = 0.7
 
     def apply(self, model: nn.Module, workload: Workload) -> nn.Module:
-        layers = select(model, self.where, KINDS)
-        refuse_quantized(layers, self.name())
-        for group in groups_by_weight(model, layers):
-            weight = dense_of(next(iter(group.values())))
-            encoding = None if weight[0].numel() < 2 else self._encoding(weight)
-            for name, layer in group.items():
-                if encoding is None:
-                    left(name, "its rows hold one weight each: a scale would weigh more than it saves")
-                    continue
-                encode(layer, encoding)
-                done(name, encoding.describe())
-        leave_others(model, self.where, layers, self.name())
-        return model
+        return round_weights(self, model, self._encoding)
 
     def _encoding(self, weight: Tensor) -> Affine:
         block = fitting_block(weight[0].numel(), self.block) if self.block else 0
