@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from featherweight.artifact import build as build
     from featherweight.artifact import open_artifact as open_artifact
     from featherweight.artifact import verify as verify
+    from featherweight.ensemble import Ensemble as Ensemble
     from featherweight.errors import FeatherweightError as FeatherweightError
     from featherweight.measure import Baseline as Baseline
     from featherweight.measure import Measurement as Measurement
@@ -33,6 +34,7 @@ __all__ = [
     "Artifact",
     "Baseline",
     "Budget",
+    "Ensemble",
     "FeatherweightError",
     "Measurement",
     "Pass",
@@ -51,6 +53,7 @@ _HOMES = {
     "Artifact": "artifact",
     "Baseline": "measure",
     "Budget": "trials",
+    "Ensemble": "ensemble",
     "FeatherweightError": "errors",
     "Measurement": "measure",
     "Pass": "passes",

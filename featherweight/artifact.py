@@ -150,6 +150,8 @@ def build(
 ) -> Artifact:
     """The artifact that `recipe` makes of `workload`, in `folder`, which appears whole or not at all.
 
+    Where several processes were started together, all call it, and train together; the first one writes.
+
     Args:
         recipe: its passes are run and its target writes the files.
         workload: left as it is.
@@ -163,8 +165,14 @@ def build(
         ExportError: the target cannot hold the network.
         LayerError, RecipeError, TargetError: as `compress_model` and `targets.find` say.
     """
+    from featherweight.processes import processes
     from featherweight.recipe import compress_model
 
+    together = processes()
+    if together.number:  # trains along, and leaves it to the first to write
+        compress_model(recipe, workload, seed, progress)
+        together.wait()
+        return open_artifact(folder)
     folder = Path(folder) if Path(folder).name not in ("", "..") else Path(folder).resolve()
     _check_free(folder, overwrite)
     target = targets.find(recipe.target)
@@ -182,6 +190,7 @@ def build(
             for name in sorted(path.name for path in fresh.iterdir())
         }
         (fresh / MANIFEST).write_text(json.dumps(manifest, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    together.wait()
     return open_artifact(folder)
 
 

@@ -1,8 +1,8 @@
 """The search: which recipe is tried next, and the loop that tries it.
 
 `next_recipe` is a pure function of what is known of the workload, the budget and the trials so far; the trials, which
-lie on disk (see `trials`), are all the state there is. So a search that was killed goes on where it stopped, and the
-same scores lead to the same result.
+lie on disk (see `trials`), are all the state there is. So a search that was killed goes on where it stopped, within a
+long training from its last checkpoint, and the same scores lead to the same result.
 
 Three rungs, cheapest first. The network as it is on every target, and whole in int8 on those that are not far slower
 than another: the best target is kept. Where int8 loses too much, int8 trained by distillation, int8 with ranges found
@@ -37,6 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from featherweight import passes, targets
 from featherweight.artifact import Artifact, build, open_artifact, replace_artifact, versions_of, write_text_atomic
+from featherweight.checkpoints import kept_in
 from featherweight.errors import (
     ArtifactError,
     BudgetError,
@@ -83,6 +84,7 @@ TRAINING_FLOP = 9e12  # of one candidate's distillation: under a minute on two c
 FEWEST_STEPS, MOST_STEPS = 250, 500  # of one candidate's distillation
 NORMED_LR, PLAIN_LR = 0.005, 0.003  # with batch norms, which make rescaled weights harmless, and without
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+CHECKPOINTS = ".checkpoints"  # ending of the folder with those of a trial
 
 
 # ------------------------------------------------------------------------------------------------ the strategy
@@ -612,7 +614,8 @@ class _Search:
             return there
         place = self._place(recipe)
         shutil.rmtree(place, ignore_errors=True)
-        return build(recipe, self.workload, place, self.settings.seed, progress=watch)
+        with kept_in(place.with_suffix(CHECKPOINTS)):
+            return build(recipe, self.workload, place, self.settings.seed, progress=watch)
 
     def _there(self, recipe: Recipe) -> Artifact | None:
         """Its artifact, where it lies on disk whole and would be made the same now."""
@@ -735,7 +738,8 @@ class _Search:
         if best is not None or (self.original is not None and not (self.folder / RESULT).exists()):
             write_text_atomic(self.folder / RESULT, result.to_json())
         for leftover in (self.folder / TRIALS).glob("*"):
-            if leftover.is_dir() and re.fullmatch(DIGEST, leftover.name):
+            needed = interrupted and leftover.suffix == CHECKPOINTS
+            if leftover.is_dir() and re.fullmatch(DIGEST, leftover.stem) and not needed:
                 shutil.rmtree(leftover, ignore_errors=True)
         return result
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, remove_spectral_norm, remove_weight_norm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils._pytree import tree_map
 
 from featherweight.encodings import ON_A_GRID, DynamicQuantizer, Encoding, InputQuantizer, Masked
 from featherweight.errors import ExportError, LayerError, RecipeError
@@ -487,6 +488,31 @@ def thawed(model: nn.Module) -> Iterator[None]:
     finally:
         for encoding in found:
             encoding.freeze()
+
+
+@contextlib.contextmanager
+def computing_in(precision: str, model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Inside the block `model` computes in "bfloat16" where torch's autocast deems that harmless, if that is asked for.
+
+    It still returns floats of 32 bits, and what is computed with them is exact.
+    """
+    if precision == "float32":
+        yield
+        return
+    forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
+
+    def exact(*args: Any, **named: Any) -> Any:
+        return tree_map(lambda x: x.float() if _is_bfloat16(x) else x, forward(*args, **named))
+
+    model.forward = exact
+    try:
+        yield
+    finally:
+        del model.forward
+
+
+def _is_bfloat16(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.bfloat16
 
 
 # ------------------------------------------------------------------------------------------------ blocks

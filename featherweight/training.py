@@ -5,7 +5,11 @@ weights straight through their rounding, which makes this quantization-aware tra
 statistics anew, for those of a network that lost channels are wrong, as the mean over the last batches; dropout stays
 off. A step moves each tensor by about `lr` times the root mean square of its weights (AdamW with a rate for each
 tensor), so that one `lr` suits convolutional networks and transformers. It warms up over the first tenth and ends on
-a cosine. What is to be learnt, that is the loss, is a pass's affair.
+a cosine. What is to be learnt, that is the loss, is a pass's affair; among how many processes and on which device it is
+learnt, that of `processes`; and how a training that was killed goes on, that of `checkpoints`.
+
+With `precision="bfloat16"` the student, and it alone, computes in 16 bits where torch's autocast deems that harmless;
+weights, their updates, losses and teachers stay in 32.
 
 Source: optimiser: Loshchilov and Hutter 2019, arXiv:1711.05101; rates relative to the weights: Shazeer and Stern 2018,
 arXiv:1804.04235, section 8.
@@ -19,6 +23,7 @@ import ctypes
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Self
 
@@ -26,8 +31,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from featherweight.checkpoints import Checkpoint
 from featherweight.errors import LayerError, WorkloadError
-from featherweight.surgery import done, layer_of, matches, thawed
+from featherweight.processes import Processes, lying_on, processes
+from featherweight.surgery import computing_in, done, layer_of, matches, thawed
 from featherweight.workload import Batch, Workload, call, count_batches, like, tensors
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -47,6 +54,7 @@ def train(
     epochs: float,
     steps: int,
     lr: float,
+    precision: str = "float32",
     besides: Sequence[nn.Parameter] = (),
 ) -> tuple[list[float], list[str]]:
     """Trains `model` in place; the loss of every step, and the names of the layers that were trained.
@@ -61,21 +69,37 @@ def train(
         epochs: how often the data is seen.
         steps: of the optimiser, at most, in all epochs together; 0 for no bound.
         lr: how far a step moves a tensor, relative to the size of its values.
+        precision: "float32" or "bfloat16", of what the model computes.
         besides: parameters of the loss itself, which are trained along with the model.
 
     Raises:
         LayerError: `where` chooses nothing that can be trained.
+        TargetError: there are several processes, but nothing is installed with which they could train together.
         WorkloadError: the data cannot be used, or the loss became NaN or infinite.
     """
+    together = processes()
     data = workload.calibration if workload.train is None else workload.train
     count = max(1, math.ceil(epochs * count_batches(data)))
     count = min(count, steps) if steps else count
     with thawed(model):
         parameters = trainable(model, where)
         layers = list(dict.fromkeys(layer_of(name) for name in parameters))
-        with _training(model, list(parameters.values())), _keeping_memory():
-            batches = _laid_out(islice(_batches(data, workload.example, step), count), model)
-            losses = _steps(model, batches, loss, parameters, besides, count, lr, step)
+        learnt = [*parameters.values(), *besides]
+        with (
+            lying_on(together.device, [model, workload.model], besides),
+            _training(model, list(parameters.values())),
+            computing_in(precision, model, together.device),
+            _Norms(model, set(layers), count) as norms,
+            _keeping_memory(),
+        ):
+            together.agree(learnt)
+            optimizer = torch.optim.AdamW(relative_rates(learnt, lr), weight_decay=0.0, fused=True)
+            about = (step, where, count, lr, precision, together)
+            checkpoint = Checkpoint(model, about, [*learnt, *norms.statistics()], optimizer)
+            shares = (together.share(*pair) for pair in islice(_batches(data, workload.example, step), count))
+            course = _Course(step, lr, count, loss, optimizer, norms, together, checkpoint)
+            losses = course.run(_laid_out(shares, model))
+            together.average(norms.averages())
     return losses, layers
 
 
@@ -87,37 +111,64 @@ def report(layers: Iterable[str], losses: Sequence[float], what: str) -> None:
         done(layer, f"distilled {len(losses)} steps ({what}), loss {first:.3g} → {last:.3g}")
 
 
-def _steps(
-    model: nn.Module,
-    batches: Iterable[tuple[Batch, Any]],
-    loss: Callable[[Batch, Any], Tensor],
-    parameters: Mapping[str, nn.Parameter],
-    besides: Sequence[nn.Parameter],
-    steps: int,
-    lr: float,
-    step: str,
-) -> list[float]:
-    rates = relative_rates([*parameters.values(), *besides], lr)
-    optimizer = torch.optim.AdamW(rates, weight_decay=0.0, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda number: rate(number, steps))
-    losses: list[float] = []
-    bar = tqdm(batches, "distil", total=steps, unit="step", leave=False, disable=not sys.stderr.isatty())
-    with _Norms(model, {layer_of(name) for name in parameters}) as norms:
+@dataclass(frozen=True)
+class _Course:
+    """A training from its first step, or from its last checkpoint, to its last step."""
+
+    step: str
+    lr: float
+    steps: int
+    loss: Callable[[Batch, Any], Tensor]
+    optimizer: torch.optim.Optimizer
+    norms: _Norms
+    together: Processes
+    checkpoint: Checkpoint
+
+    def run(self, batches: Iterator[tuple[Batch, Any]]) -> list[float]:
+        """The loss of every step."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        losses = self._resumed(batches)
+        bar = tqdm(batches, "distil", self.steps, False, initial=len(losses), unit="step", disable=_unwatched())
         for batch, target in bar:
-            norms.expect(tensors(batch)[0].shape[0], last=len(losses) >= steps - max(AVERAGED, steps // 8))
-            value = loss(batch, target)
-            losses.append(value.item())
+            for group, full in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = full * rate(len(losses), self.steps)
+            self.norms.expect(len(losses), batch)
+            losses.append(self._gradients(batch, target))
             if not math.isfinite(losses[-1]):
                 raise WorkloadError(
-                    f"{step}: the loss became NaN or infinite in step {len(losses)} with lr={lr:g}. Lower lr, to "
-                    f"{lr / 10:g} say; if that does not help, an earlier step broke the model: try without it."
+                    f"{self.step}: the loss became NaN or infinite in step {len(losses)} with lr={self.lr:g}. Lower "
+                    f"lr, to {self.lr / 10:g} say; if that does not help, an earlier step broke the model: try "
+                    "without it."
                 )
-            optimizer.zero_grad()
-            value.backward()
-            optimizer.step()
-            schedule.step()
+            self.optimizer.step()
+            self.checkpoint.keep(losses, finished=len(losses) == self.steps)
             bar.set_postfix(loss=f"{losses[-1]:.3g}", refresh=False)
-    return losses
+        return losses
+
+    def _resumed(self, batches: Iterator[tuple[Batch, Any]]) -> list[float]:
+        """The losses of the steps that a checkpoint knows of, whose batches are passed over."""
+        if (state := self.checkpoint.load()) is None:
+            return []
+        for number, (batch, _) in enumerate(islice(batches, len(state.losses))):
+            self.norms.expect(number, batch)
+        self.checkpoint.restore(state)
+        return list(state.losses)
+
+    def _gradients(self, batch: Batch, target: Any) -> float:
+        """The loss; its gradients are with the parameters."""
+        self.optimizer.zero_grad()
+        value = self.loss(batch, target)
+        value.backward()
+        if self.together.count > 1:
+            learnt = [p for group in self.optimizer.param_groups for p in group["params"]]
+            for p in learnt:  # what made no difference here may have made one elsewhere
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            self.together.average([value, *(p.grad for p in learnt)])
+        return value.item()
+
+
+def _unwatched() -> bool:
+    return not sys.stderr.isatty()
 
 
 def rate(step: int, steps: int) -> float:
@@ -182,24 +233,33 @@ class _Norms:
     would rest on ten batches or so. Source: Wu and Johnson 2021, arXiv:2105.07576, section 3.
     """
 
-    def __init__(self, model: nn.Module, layers: set[str]) -> None:
+    def __init__(self, model: nn.Module, layers: set[str], steps: int) -> None:
         self._momenta = {
             module: module.momentum
             for name, module in model.named_modules()
             if isinstance(module, NORMS) and module.track_running_stats and (name in layers or module.weight is None)
         }
+        self._first_kept = steps - max(AVERAGED, steps // 8)
         self._averaging = False
 
-    def expect(self, examples: int, last: bool) -> None:
-        """A batch of so many examples comes; `last` where it is among those whose statistics are kept."""
-        whole = examples >= WHOLE_BATCH
-        begins = whole and last and not self._averaging
+    def expect(self, number: int, batch: Batch) -> None:
+        """The batch of a step comes; the statistics of the last ones are kept."""
+        whole = tensors(batch)[0].shape[0] >= WHOLE_BATCH
+        begins = whole and number >= self._first_kept and not self._averaging
         for norm in self._momenta:
             norm.train(whole)
             if begins:
                 norm.reset_running_stats()
                 norm.momentum = None  # torch's word for the mean of all batches since
         self._averaging = self._averaging or begins
+
+    def statistics(self) -> list[Tensor]:
+        """All that they keep."""
+        return [buffer for norm in self._momenta for buffer in norm.buffers()]
+
+    def averages(self) -> list[Tensor]:
+        """The means and variances among it."""
+        return [buffer for buffer in self.statistics() if buffer.is_floating_point()]
 
     def __enter__(self) -> Self:
         return self

@@ -27,6 +27,7 @@ LAYERS = (
         "surgery",
         "coupling",
         "channel_rules",
+        "checkpoints",
         "damage",
         "gram",
         "int8",
@@ -36,17 +37,29 @@ LAYERS = (
         "onnx_graph",
         "onnx_pairs",
         "sparse",
+        "processes",
         "teacher",
         "training",
     },
     {"passes", "targets"},
-    {"artifact", "recipe", "timing"},
+    {"artifact", "ensemble", "recipe", "timing"},
     {"measure", "codec", "parallel"},
     {"behaviour", "search", "trials", "pools", "distributed"},
     {"report", "testing"},
     {"cli", "__main__", "featherweight"},
 )
-OPTIONAL = ("onnx", "onnx_ir", "onnxscript", "onnxruntime", "openvino", "nncf", "torchao", "transformers", "ray")
+OPTIONAL = (
+    "accelerate",
+    "nncf",
+    "onnx",
+    "onnx_ir",
+    "onnxscript",
+    "onnxruntime",
+    "openvino",
+    "ray",
+    "torchao",
+    "transformers",
+)
 
 
 def _name(path: Path) -> str:

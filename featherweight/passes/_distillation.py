@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from torch import Tensor, nn
 
 from featherweight.passes import Pass
-from featherweight.settings import Range
+from featherweight.settings import Choice, Range
 from featherweight.training import report, train
 from featherweight.workload import Batch, Workload
 
@@ -40,11 +40,13 @@ class Distillation(Pass):
         epochs: how often the data is seen.
         steps: of the optimiser, at most, in all epochs together; 0 for no bound.
         lr: how far a step moves a tensor, relative to the size of its values.
+        precision: of what the student computes; "bfloat16" is faster where a processor has units for it, such as AMX.
     """
 
     epochs: Annotated[float, Range(0.01, 1000.0)] = 1.0
     steps: Annotated[int, Range(0, 10_000_000)] = 0
     lr: Annotated[float, Range(1e-6, 1.0)] = 0.01
+    precision: Annotated[str, Choice("float32", "bfloat16")] = "float32"
 
     @abstractmethod
     def lesson(self, model: nn.Module, workload: Workload) -> Lesson:
@@ -61,6 +63,7 @@ class Distillation(Pass):
             epochs=self.epochs,
             steps=self.steps,
             lr=self.lr,
+            precision=self.precision,
             besides=lesson.besides,
         )
         report(layers, losses, lesson.what)

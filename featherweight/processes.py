@@ -1,0 +1,123 @@
+"""Where training runs: on which device, and among how many processes.
+
+Several processes are started with `torchrun` or `accelerate launch`, each of which does the same from the same seed.
+Every batch is then cut into shares, one for each process, and gradients are averaged, so that all take the step that
+one process would take with the whole batch. (What a loss or a batch norm computes over a batch, it computes over the
+share.) Accelerate finds devices and processes, and passes tensors between them: it is needed for more than one CPU
+process alone (`pip install 'featherweight[train]'`). Lightning Fabric does as much, but as a wrapper that a network's
+forward has to be called through, as that of torch's own DistributedDataParallel; losses here read two networks, inner
+layers and gradients of gradients. Of Accelerate the loop takes what it needs, and stays a loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from featherweight.errors import TargetError
+from featherweight.workload import Batch, like, tensors
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all that train together.
+
+    Args:
+        number: of this one, from 0.
+        count: of all.
+        device: on which this one computes.
+    """
+
+    number: int
+    count: int
+    device: torch.device
+
+    def share(self, batch: Batch, target: Any) -> tuple[Batch, Any]:
+        """What this process learns from a batch: all of it where there are fewer examples than processes.
+
+        Shares differ by one example at most, and count alike.
+
+        >>> Processes(1, 2, torch.device("cpu")).share((torch.arange(5),), torch.arange(5))
+        ((tensor([3, 4]),), tensor([3, 4]))
+        """
+        size = tensors(batch)[0].shape[0]
+
+        def part(value: Tensor) -> Tensor:
+            cut = self.count <= size and value.dim() > 0 and value.shape[0] == size
+            return (value.tensor_split(self.count)[self.number] if cut else value).to(self.device)
+
+        own = like(batch, [part(value) for value in tensors(batch)])
+        return own, part(target) if isinstance(target, Tensor) else target
+
+    def average(self, values: Sequence[Tensor]) -> None:
+        """Each of `values` becomes its mean over all processes."""
+        if self.count == 1 or not values:
+            return
+        from accelerate.utils import reduce
+
+        mean = reduce(torch.cat([value.detach().flatten() for value in values]), "mean")
+        for value, part in zip(values, mean.split([value.numel() for value in values]), strict=True):
+            value.data.copy_(part.view_as(value))
+
+    def agree(self, values: Sequence[Tensor]) -> None:
+        """Each of `values` becomes that of the first process."""
+        if self.count == 1:
+            return
+        from accelerate.utils import broadcast
+
+        for value in values:
+            value.data.copy_(broadcast(value.detach().clone()))
+
+    def wait(self) -> None:
+        """Until all processes have come this far."""
+        if self.count > 1:
+            from accelerate import PartialState
+
+            PartialState().wait_for_everyone()
+
+
+ALONE = Processes(0, 1, torch.device("cpu"))
+
+
+def processes() -> Processes:
+    """Those that were started together with this one.
+
+    Raises:
+        TargetError: there are several, but Accelerate is not installed.
+    """
+    launched, installed = int(os.environ.get("WORLD_SIZE", "1")), importlib.util.find_spec("accelerate") is not None
+    if launched > 1 and not installed:
+        raise TargetError(
+            f"This is one of {launched} processes (WORLD_SIZE), which cannot train together without accelerate. "
+            "Install it with: pip install 'featherweight[train]'."
+        )
+    accelerator = torch.accelerator.is_available()
+    if not installed or (launched == 1 and not accelerator):
+        return ALONE
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not accelerator)
+    device = state.device if accelerator else ALONE.device
+    return Processes(state.process_index, state.num_processes, device)
+
+
+@contextlib.contextmanager
+def lying_on(device: torch.device, networks: Iterable[nn.Module], besides: Iterable[Tensor]) -> Iterator[None]:
+    """Inside the block all tensors of `networks`, and those `besides`, lie on `device`; then where they lay before."""
+    found = [t for network in networks for t in (*network.parameters(), *network.buffers())] + list(besides)
+    homes = [(t, t.data) for t in {id(t): t for t in found}.values() if t.device != device]
+    for tensor, home in homes:
+        tensor.data = home.to(device, copy=True)
+    try:
+        yield
+    finally:
+        for tensor, home in homes:
+            home.copy_(tensor.data)
+            tensor.data = home
