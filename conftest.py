@@ -16,7 +16,18 @@ import torch
 # Only modules that import the names in their signatures at the top: the others would not resolve.
 CHECKED = [
     f"featherweight.{name}"
-    for name in ("encodings", "masks", "surgery", "gram", "coupling", "damage", "low_rank", "losses", "passes")
+    for name in (
+        "encodings",
+        "masks",
+        "surgery",
+        "gram",
+        "coupling",
+        "damage",
+        "ensemble",
+        "low_rank",
+        "losses",
+        "passes",
+    )
 ]
 
 # torch.library.custom_op reads annotations that are strings in the globals of the function it is given: here the

@@ -357,7 +357,7 @@ def _manifest(recipe: Recipe, workload: Workload, model: nn.Module, coverage: Co
 
     with torch.inference_mode():
         found = outputs(call(model, workload.example))
-    names = input_names(workload.model, workload.example)
+    names = input_names(workload.start, workload.example)
     versions = versions_of(recipe.target)
     return {
         "format": FORMAT,

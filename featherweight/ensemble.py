@@ -60,7 +60,8 @@ class Ensemble(nn.Module):
         self.eval()
 
     def forward(self, *args: Tensor, **named: Tensor) -> Tensor | tuple[Tensor, ...]:
-        answers = [outputs(predict(*args, **named)) for predict in self._predict]
+        device = next(value.device for value in (*args, *named.values()))  # artifacts answer on the CPU
+        answers = [[y.to(device) for y in outputs(predict(*args, **named))] for predict in self._predict]
         forms = [[(value.dtype, tuple(value.shape)) for value in answer] for answer in answers]
         for number, form in enumerate(forms):
             if form != forms[0]:

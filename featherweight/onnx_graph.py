@@ -174,7 +174,7 @@ def _coded(graph_model: onnx_ir.Model, model: nn.Module) -> Iterator[tuple[Codeb
 
 def _name_ends(graph_model: onnx_ir.Model, workload: Workload) -> None:
     """Inputs as the workload calls them, outputs by number."""
-    names = input_names(workload.model, workload.example)
+    names = input_names(workload.start, workload.example)
     for value, name in zip(graph_model.graph.inputs, names, strict=True):
         value.name = name
     for index, value in enumerate(graph_model.graph.outputs):

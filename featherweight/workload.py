@@ -252,7 +252,7 @@ def check_student(workload: Workload) -> None:
     _check_model(workload.student, "student")
     batch = workload.example
     names, wanted = (input_names(net, batch) for net in (workload.student, workload.model))
-    if names != wanted:
+    if names != wanted and not _takes_anything(workload.model):
         raise WorkloadError(
             f"student takes {', '.join(names)}, but model takes {', '.join(wanted)}, and files that ship name their "
             "inputs so. Give the parameters of its forward the same names and order."
@@ -268,6 +268,11 @@ def check_student(workload: Workload) -> None:
             f"student returns {', '.join(found)} for example, but model returns {', '.join(wanted_outputs)}. "
             "Give it the same number of outputs, of the same shapes and types."
         )
+
+
+def _takes_anything(model: nn.Module) -> bool:
+    """Whether it passes on what it is given, whatever that is called, as an ensemble does."""
+    return any(p.kind == p.VAR_POSITIONAL for p in inspect.signature(model.forward).parameters.values())
 
 
 def _described(model: nn.Module, batch: Batch) -> list[str]:

@@ -1,10 +1,14 @@
 """The loop itself: rates, and the layout of pictures. What it is for is tested with the passes that use it."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from featherweight import passes
 from featherweight.surgery import recording
+from featherweight.testing import networks
 from featherweight.training import rate, relative_rates, report, train
 from featherweight.workload import Workload
 
@@ -72,3 +76,29 @@ def test_the_report_names_every_layer_and_the_losses_of_the_ends():
     with recording() as coverage:
         report(["a", "b"], [4.0, 2.0, *[9.0] * 16, 1.0, 0.0], "kl")
     assert coverage.done == [(name, "distilled 20 steps (kl), loss 3 → 0.5") for name in "ab"]
+
+
+@pytest.mark.parametrize("name", ["distill_soft", "distill_hard", "distill_features", "distill_attribution"])
+def test_with_bfloat16_the_student_alone_is_rounded_and_learns_as_well(name, monkeypatch):
+    workload = networks()["residual"]
+    (x,) = workload.calibration[0]
+    student = copy.deepcopy(workload.model)
+    with torch.no_grad():
+        for p in student.parameters():
+            p += 0.5 * p.square().mean().sqrt() * torch.randn_like(p)
+    computed: dict[int, set[torch.dtype]] = {id(student): set(), id(workload.model): set()}
+    handles = [
+        net.head.register_forward_hook(lambda _, __, y, net=net: computed[id(net)].add(y.dtype) or None)
+        for net in (student, workload.model)
+    ]
+    rounded, exact = (
+        passes.find(name)(epochs=6, precision=precision).apply(net, workload)
+        for precision, net in (("bfloat16", student), ("float32", copy.deepcopy(student)))
+    )
+    for handle in handles:
+        handle.remove()
+    assert computed == {id(student): {torch.bfloat16, torch.float32}, id(workload.model): {torch.float32}}
+    assert rounded(x).dtype == torch.float32 and all(p.dtype == torch.float32 for p in rounded.parameters())
+    assert "forward" not in vars(rounded)
+    with torch.no_grad():
+        assert 0 < (rounded(x) - exact(x)).norm() < 0.05 * exact(x).norm()

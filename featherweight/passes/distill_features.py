@@ -115,6 +115,7 @@ class _Pair:
     weight: nn.Parameter | None = None
 
     def error(self, kind: str, student: Tensor, teacher: Tensor) -> Tensor:
+        student = student.to(teacher.dtype)  # it may compute in bfloat16
         if kind == "attention":
             return relative_error(attention(student, self.dim), attention(teacher, self.dim))
         if kind == "relations":

@@ -130,11 +130,12 @@ def test_what_is_too_broken_to_become_the_same_inside_is_better_left_to_its_outp
     assert error(inner, data) > 1.1 * error(soft, data)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_narrower_network_learns_from_a_wider_one(kind):
+@pytest.mark.parametrize(("kind", "precision"), [*((kind, "float32") for kind in KINDS), ("values", "bfloat16")])
+def test_a_narrower_network_learns_from_a_wider_one(kind, precision):
     """Widths differ inside and at the places that are compared."""
     data = networks()["residual"]
-    model, coverage = taught(data, PruneChannels(share=0.5), DistillFeatures(epochs=10, kind=kind))
+    distillation = DistillFeatures(epochs=10, kind=kind, precision=precision)
+    model, coverage = taught(data, PruneChannels(share=0.5), distillation)
     assert model.stem[0].out_channels < 16 and model.shortcut[0].out_channels < 32
     assert coverage.done[-1][1].startswith(f"distilled 40 steps (kl, {kind} of stem, shortcut), loss ")
     first, last = (float(value) for value in coverage.done[-1][1].rpartition("loss ")[2].split(" → "))
