@@ -1,12 +1,19 @@
 """Where training runs: on which device, and among how many processes.
 
-Several processes are started with `torchrun` or `accelerate launch`, each of which does the same from the same seed.
+Several processes are started with `torchrun` or `accelerate launch`, each of which does the same from the same seed:
+
+    torchrun --nproc-per-node 2 -m featherweight apply recipe.yaml workload.py --out out
+
 Every batch is then cut into shares, one for each process, and gradients are averaged, so that all take the step that
 one process would take with the whole batch. (What a loss or a batch norm computes over a batch, it computes over the
-share.) Accelerate finds devices and processes, and passes tensors between them: it is needed for more than one CPU
-process alone (`pip install 'featherweight[train]'`). Lightning Fabric does as much, but as a wrapper that a network's
-forward has to be called through, as that of torch's own DistributedDataParallel; losses here read two networks, inner
-layers and gradients of gradients. Of Accelerate the loop takes what it needs, and stays a loop.
+share, and batch norms keep the mean of what the shares gave.)
+
+Accelerate finds devices and processes, and passes tensors between them; only one process on a CPU does without it
+(`pip install 'featherweight[train]'`). Of it, its state of the processes and two functions are enough, and the loop
+stays a loop. Lightning Fabric does as much, but is made to be given network and optimiser, and wraps the forward of the
+one; losses here read two networks, inner layers and gradients of gradients.
+
+Left out: TPUs, to which tensors cannot be moved in place. Accelerators other than CPUs were not at hand to be tried.
 """
 
 from __future__ import annotations

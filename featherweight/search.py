@@ -51,6 +51,7 @@ from featherweight.errors import (
 from featherweight.measure import Baseline, Measurement, baseline, measure, physical_cores
 from featherweight.passes import Pass
 from featherweight.passes.drop_layers import removable
+from featherweight.processes import processes
 from featherweight.recipe import Recipe, compress_model
 from featherweight.timing import keeping_originals
 from featherweight.trials import (
@@ -458,6 +459,11 @@ def compress(
     """
     begin = time.monotonic()
     names = check_targets(targets)
+    if (count := processes().count) > 1:
+        raise TargetError(
+            f"This is one of {count} processes that were started together, but a search runs in one: it times "
+            "networks, which others would disturb. Start it alone; several processes are for featherweight apply."
+        )
     if not 0 <= seed < 2**63:
         raise BudgetError(f"seed={seed} makes no sense: give a whole number from 0 to 2**63 - 1.")
     for name, value in (("threads", threads), ("batch", batch), ("time_limit", time_limit)):

@@ -1,5 +1,6 @@
 """Training in several processes: they take the steps that one would take alone."""
 
+import copy
 import json
 import os
 import socket
@@ -11,54 +12,57 @@ import pytest
 import torch
 from torch import nn
 
-from featherweight import processes
-from featherweight.artifact import open_artifact
+from featherweight import processes, search
+from featherweight.artifact import build, open_artifact
 from featherweight.errors import TargetError
-from featherweight.processes import ALONE, Processes, lying_on
-
-CPU = torch.device("cpu")
-
-TRAINED = """
-import copy, json, sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from featherweight.artifact import build
 from featherweight.losses import soft_loss
-from featherweight.processes import processes
+from featherweight.processes import ALONE, Processes, lying_on
 from featherweight.recipe import Recipe
 from featherweight.testing import networks
 from featherweight.training import train
+from featherweight.trials import Budget
 
-workload, folder = networks()["mlp"], Path(sys.argv[1])
-torch.manual_seed(processes().number)
-student = copy.deepcopy(workload.model)
-with torch.no_grad():
-    for p in student.parameters():
-        p += 2.0 * p.square().mean().sqrt() * torch.randn_like(p)
-seen = []
-def loss(batch, target):
-    seen.append([len(batch[0]), len(target)])
-    return soft_loss(student(*batch), workload.model(*batch).detach(), 2.0)
-losses, _ = train(student, workload, loss, step="p", where="*", epochs=5, steps=0, lr=0.02)
-weights = torch.cat([p.detach().flatten()[:3] for p in student.parameters()]).tolist()
-told = {"losses": losses, "seen": seen, "weights": weights}
-recipe = Recipe.from_yaml("steps: [quantize_weights: {bits: 4}, distill_soft]\\ntarget: torch")
-told["bytes"] = build(recipe, workload, folder / "artifact").bytes
-(folder / f"{processes().number}.json").write_text(json.dumps(told))
-"""
+CPU = torch.device("cpu")
+
+
+def told(seed: int) -> dict:
+    """Of a training: losses, the sizes of what was seen, and some of the weights it ended with."""
+    workload, seen = networks()["mlp"], []
+    torch.manual_seed(seed)
+    student = copy.deepcopy(workload.model)
+    with torch.no_grad():
+        for p in student.parameters():
+            p += 2.0 * p.square().mean().sqrt() * torch.randn_like(p)
+
+    def loss(batch, target):
+        seen.append([len(batch[0]), len(target)])
+        return soft_loss(student(*batch), workload.model(*batch).detach(), 2.0)
+
+    losses, _ = train(student, workload, loss, step="p", where="*", epochs=5, steps=0, lr=0.02)
+    weights = torch.cat([p.detach().flatten()[:3] for p in student.parameters()]).tolist()
+    return {"losses": losses, "seen": seen, "weights": weights}
+
+
+def main(folder: Path) -> None:
+    """What one of several processes does."""
+    torch.set_num_threads(1)
+    number = processes.processes().number
+    found = told(seed=number)
+    recipe = Recipe.from_yaml("steps: [quantize_weights: {bits: 4}, distill_soft]\ntarget: onnxruntime")
+    found["bytes"] = build(recipe, networks()["mlp"], folder / "artifact").bytes
+    (folder / f"{number}.json").write_text(json.dumps(found))
 
 
 def run(folder: Path, count: int) -> list[dict]:
-    """What each of `count` processes told, once all have ended."""
-    folder.mkdir()
+    """What each of `count` processes found, once all have ended."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {**os.environ, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    code = f"from pathlib import Path; from tests.test_processes import main; main(Path({str(folder)!r}))"
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", TRAINED, folder],
+            [sys.executable, "-c", code],
             cwd=Path(__file__).parents[1],
             env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
             stderr=subprocess.PIPE,
@@ -72,20 +76,20 @@ def run(folder: Path, count: int) -> list[dict]:
 
 def test_two_processes_take_the_steps_of_one(tmp_path):
     pytest.importorskip("accelerate")
-    (alone,) = run(tmp_path / "one", 1)
-    first, second = run(tmp_path / "two", 2)
+    alone = told(seed=0)
+    first, second = run(tmp_path, 2)
     assert alone["seen"] == [[16, 16]] * 20 and first["seen"] == second["seen"] == [[8, 8]] * 20
     assert first["losses"] == second["losses"] == pytest.approx(alone["losses"], rel=1e-3)
     assert alone["losses"][-1] < 0.5 * alone["losses"][0]
     # though they began with different weights
     assert first["weights"] == second["weights"] == pytest.approx(alone["weights"], abs=1e-4)
-    assert first["bytes"] == second["bytes"] == open_artifact(tmp_path / "two" / "artifact").bytes
+    assert first["bytes"] == second["bytes"] == open_artifact(tmp_path / "artifact").bytes
 
 
 def test_a_batch_of_fewer_examples_than_processes_is_learnt_from_by_all():
-    x, mask = torch.arange(3), {"x": torch.arange(3), "mask": torch.ones(3, 2)}
+    x, named = torch.arange(3), {"x": torch.arange(3), "mask": torch.ones(3, 2)}
     assert torch.equal(Processes(2, 4, CPU).share((x,), None)[0][0], x)
-    shares = [Processes(number, 2, CPU).share(mask, ["labels of another form"]) for number in range(2)]
+    shares = [Processes(number, 2, CPU).share(named, ["labels of another form"]) for number in range(2)]
     assert [share["x"].tolist() for share, _ in shares] == [[0, 1], [2]]
     assert [tuple(share["mask"].shape) for share, _ in shares] == [(2, 2), (1, 2)]
     assert all(target == ["labels of another form"] for _, target in shares)
@@ -98,6 +102,13 @@ def test_alone_nothing_is_needed_but_together_accelerate_is(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(TargetError, match=r"one of 2 processes .* pip install 'featherweight\[train\]'"):
         processes.processes()
+
+
+def test_a_search_is_not_for_several_processes(monkeypatch, tmp_path):
+    monkeypatch.setattr(search, "processes", lambda: Processes(1, 2, CPU))
+    with pytest.raises(TargetError, match=r"one of 2 processes .* a search runs in one: it times networks"):
+        search.compress(networks()["mlp"], Budget(0.01), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_tensors_lie_elsewhere_for_a_while_and_bring_back_what_became_of_them():
