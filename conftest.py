@@ -21,6 +21,7 @@ CHECKED = [
         "masks",
         "surgery",
         "gram",
+        "rescaling",
         "coupling",
         "damage",
         "ensemble",

@@ -116,7 +116,7 @@ class Call:
 
     @property
     def name(self) -> str:
-        return _name(self.node)
+        return operator_name(self.node)
 
     @property
     def where(self) -> str:
@@ -178,7 +178,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     return file
 
 
-def _name(node: fx.Node) -> str:
+def operator_name(node: fx.Node) -> str:
     """`aten.conv2d` for the operator `aten::conv2d.padding`; in-place variants lose their underscore."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return "getitem" if node.target is operator.getitem else str(node.target)
@@ -186,7 +186,8 @@ def _name(node: fx.Node) -> str:
     return name.rstrip("_") if not name.endswith("__") else name
 
 
-def _arguments(node: fx.Node) -> dict[str, Any]:
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """What the operator was called with, by name, defaults too."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return {str(index): value for index, value in enumerate(node.args)} | dict(node.kwargs)
     schema = node.target._schema.arguments
@@ -217,7 +218,7 @@ def follow(graph: fx.Graph, stored: dict[fx.Node, Labels], ties: Ties, batch: in
             inputs = node.all_input_nodes
             if inputs and constant.issuperset(inputs):
                 constant.add(node)
-            call = Call(node, ties, known, constant, _arguments(node), batch)
+            call = Call(node, ties, known, constant, arguments(node), batch)
             known[node] = _checked(call, _rule_of(node))
 
 
@@ -234,7 +235,7 @@ def _checked(call: Call, function: Rule) -> Any:
 def _rule_of(node: fx.Node) -> Rule:
     if not _touched(node):
         return lambda call: _all_fixed(call.node)
-    name = _name(node).removeprefix("aten.")
+    name = operator_name(node).removeprefix("aten.")
     pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
     return RULES.get(name, _pointwise if pointwise else _unknown)
 

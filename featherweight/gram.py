@@ -7,10 +7,11 @@ one of each group of its channels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from featherweight.surgery import watch_inputs
 from featherweight.workload import Batch, Workload
 
 SAMPLE = 1 << 14  # rows kept of what a layer reads, over all batches: patches overlap and say much the same
+HELD = 1 << 26  # numbers in the Gram matrices that are held at a time
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -131,6 +133,26 @@ def grams(
                 f"Look for such values in the batches, or leave the layer out with where: '!{name}'."
             )
     return found
+
+
+def parts(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, nn.Module]]:
+    """`layers` in parts whose Gram matrices fit into memory together. Embeddings, which read no numbers, have none."""
+    part: dict[str, nn.Module] = {}
+    held = 0
+    for name, layer in layers.items():
+        size = 0 if isinstance(layer, nn.Embedding) else _numbers(layer)
+        if part and held + size > HELD:
+            yield part
+            part, held = {}, 0
+        part[name] = layer
+        held += size
+    if part:
+        yield part
+
+
+def _numbers(layer: Any) -> int:
+    """In the Gram matrices of what a convolution or linear layer reads."""
+    return (1 if isinstance(layer, nn.Linear) else layer.groups) * layer.weight[0].numel() ** 2
 
 
 def reading_order(

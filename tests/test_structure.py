@@ -30,6 +30,7 @@ LAYERS = (
         "checkpoints",
         "damage",
         "gram",
+        "rescaling",
         "int8",
         "masks",
         "low_rank",

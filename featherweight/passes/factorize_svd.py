@@ -21,7 +21,6 @@ convolutions; Eckart and Young 1936, doi:10.1007/BF02288367, for what is best at
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -29,7 +28,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from featherweight.gram import grams
+from featherweight.gram import grams, parts
 from featherweight.low_rank import (
     convolution,
     embedding,
@@ -56,7 +55,6 @@ from featherweight.workload import Workload
 
 KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Embedding)
 DAMPING = 0.01  # of the mean of the diagonal: for directions that calibration data never shows
-MOMENTS = 1 << 26  # numbers in the second moments that are held at a time
 
 # ------------------------------------------------------------------------------------------------ mathematics
 
@@ -146,7 +144,7 @@ class FactorizeSvd(Pass):
         free = replaceable(model, layers, KINDS, workload.example)
         chosen = {name: layer for name, layer in free.items() if _can_save(name, layer)}
         pairs = {}
-        for part in _parts(chosen) if self.whiten else [chosen]:
+        for part in parts(chosen) if self.whiten else [chosen]:
             watched = {name: layer for name, layer in part.items() if not isinstance(layer, nn.Embedding)}
             found = grams(model, watched, workload) if self.whiten and watched else {}
             for name, layer in part.items():
@@ -220,22 +218,3 @@ def _layers(layer: Any, b: Float[Tensor, "groups out rank"], a: Float[Tensor, "g
         return linear(layer, a[0]), linear(layer, b[0], layer.bias)
     kernel = a.reshape(-1, *layer.weight.shape[1:])
     return convolution(layer, kernel), pointwise(layer, b.flatten(0, 1), layer.bias)
-
-
-# ------------------------------------------------------------------------------------------------ statistics
-
-
-def _parts(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, nn.Module]]:
-    """`layers` in parts whose second moments fit into memory together."""
-    part: dict[str, nn.Module] = {}
-    held = 0
-    for name, layer in layers.items():
-        groups, _, inputs = matrices(layer).shape
-        size = 0 if isinstance(layer, nn.Embedding) else groups * inputs**2
-        if part and held + size > MOMENTS:
-            yield part
-            part, held = {}, 0
-        part[name] = layer
-        held += size
-    if part:
-        yield part

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from featherweight.encodings import Affine, affine_scale, fitting_block
 from featherweight.gram import CONVOLUTIONS, Gram, grams
 from featherweight.passes import Pass
+from featherweight.rescaling import stretches
 from featherweight.settings import Choice, Range
 from featherweight.surgery import (
     dense_of,
@@ -40,18 +41,6 @@ from featherweight.workload import Workload
 
 WEIGHTED = (*CONVOLUTIONS, nn.Linear)
 POWERS = [0.2 * step for step in range(6)]
-QUIETEST = 1e-4  # share of the mean magnitude below which no input counts as quieter
-
-
-def stretches(magnitude: Float[Tensor, " channels"], power: float) -> Float[Tensor, " channels"]:
-    """The factor of each input channel, `magnitude` to a power, with the largest as far above 1 as the smallest below.
-
-    >>> stretches(torch.tensor([1.0, 16.0]), power=0.5)
-    tensor([0.5000, 2.0000])
-    """
-    mean = magnitude.mean().clamp(min=torch.finfo(magnitude.dtype).tiny * 256)
-    factors = (magnitude / mean).clamp(min=QUIETEST).pow(power)
-    return factors / (factors.max() * factors.min()).sqrt()
 
 
 def output_error(change: Float[Tensor, "out in"], gram: Float[Tensor, "in in"]) -> float:

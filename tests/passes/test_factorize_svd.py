@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from featherweight import gram, targets
 from featherweight.errors import LayerError, RecipeError, WorkloadError
-from featherweight.passes import factorize_svd
 from featherweight.passes.distill_soft import DistillSoft
 from featherweight.passes.factorize_svd import (
     FactorizeSvd,
@@ -182,7 +181,7 @@ def test_an_embedding_of_low_rank_becomes_a_narrower_one_and_a_linear_layer() ->
 def test_second_moments_that_do_not_fit_into_memory_together_are_taken_in_turn(monkeypatch) -> None:
     workload = networks()["residual"]
     together, coverage = compress_model(Recipe((FactorizeSvd(),), "torch"), workload)
-    monkeypatch.setattr(factorize_svd, "MOMENTS", 1)
+    monkeypatch.setattr(gram, "HELD", 1)
     in_turn, same = compress_model(Recipe((FactorizeSvd(),), "torch"), workload)
     assert same == coverage
     for a, b in zip(together.parameters(), in_turn.parameters(), strict=True):

@@ -10,8 +10,9 @@ from featherweight import targets
 from featherweight.errors import RecipeError
 from featherweight.passes.distill_soft import DistillSoft
 from featherweight.passes.prune_magnitude import PruneMagnitude
-from featherweight.passes.quantize_awq import QuantizeAwq, stretches
+from featherweight.passes.quantize_awq import QuantizeAwq
 from featherweight.passes.quantize_weights import QuantizeWeights
+from featherweight.rescaling import stretches
 from featherweight.surgery import encoding_of, recording
 from featherweight.testing import check_export, networks
 from featherweight.workload import Workload
