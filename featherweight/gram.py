@@ -7,8 +7,8 @@ one of each group of its channels.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from featherweight.abreast import abreast
 from featherweight.errors import WorkloadError
 from featherweight.int8 import edges
 from featherweight.surgery import watch_inputs
-from featherweight.workload import Batch, Workload
+from featherweight.workload import Workload
 
 SAMPLE = 1 << 14  # rows kept of what a layer reads, over all batches: patches overlap and say much the same
 HELD = 1 << 26  # numbers in the Gram matrices that are held at a time
@@ -87,6 +88,15 @@ class Gram:
         self.magnitudes = self.magnitudes + rows.abs().sum(1)
         self.count += rows.shape[1]
 
+    def joined(self, other: Gram) -> Gram:
+        """The sums over the rows of both."""
+        return Gram(
+            self.most,
+            self.products + other.products,
+            self.magnitudes + other.magnitudes,
+            self.count + other.count,
+        )
+
     def mean(self) -> Tensor:
         """XᵀX / n, (groups, in, in)."""
         return torch.as_tensor(self.products) / self.count
@@ -96,42 +106,21 @@ class Gram:
         return torch.as_tensor(self.magnitudes) / self.count
 
 
-class _SeenAll(Exception):
-    """All that was waited for has been called, so the rest of the network need not run."""
-
-
-def grams(
-    model: nn.Module, layers: Mapping[str, nn.Module], workload: Workload, calls: Mapping[str, int] | None = None
-) -> dict[str, Gram]:
+def grams(model: nn.Module, layers: Mapping[str, nn.Module], workload: Workload) -> dict[str, Gram]:
     """The sums for each of `layers` over the calibration batches; layers that are never called have none.
-
-    Args:
-        calls: how often each layer is called in one run of the network. Where it is known, a run ends with the last
-            of these calls.
 
     Raises:
         WorkloadError: a layer read values that are NaN or infinite.
     """
-    most = max(1, SAMPLE // len(workload.calibration))
+    most = rows_of_each(workload)
     found: dict[str, Gram] = {}
-    for batch in workload.calibration:
-        waiting = dict(calls or {})
 
-        def observe(name: str, x: Tensor, waiting: dict[str, int] = waiting) -> None:
-            found.setdefault(name, Gram(most)).add(layers[name], x)
-            if waiting:
-                waiting[name] -= 1
-                if not any(count > 0 for count in waiting.values()):
-                    raise _SeenAll
+    def observe(name: str, x: Tensor) -> None:
+        found.setdefault(name, Gram(most)).add(layers[name], x)
 
-        with suppress(_SeenAll):
-            watch_inputs(model, layers, [batch], observe)
+    watch_inputs(model, layers, workload.calibration, observe)
     for name, gram in found.items():
-        if not torch.as_tensor(gram.products).isfinite().all():
-            raise WorkloadError(
-                f"{name!r} read NaN or infinite values on the calibration data, by which no error can be weighed. "
-                f"Look for such values in the batches, or leave the layer out with where: '!{name}'."
-            )
+        refuse_nan(name, gram)
     return found
 
 
@@ -155,22 +144,61 @@ def _numbers(layer: Any) -> int:
     return (1 if isinstance(layer, nn.Linear) else layer.groups) * layer.weight[0].numel() ** 2
 
 
-def reading_order(
-    model: nn.Module, layers: Mapping[str, nn.Module], example: Batch
-) -> tuple[list[list[str]], dict[str, int]]:
-    """The names of `layers` in the order of their first calls, those that first read the same tensor together.
+def grams_in_turn(
+    model: nn.Module, groups: Sequence[Mapping[str, nn.Module]], workload: Workload
+) -> Iterator[tuple[Mapping[str, nn.Module], Gram]]:
+    """Each group of layers that share a weight, in the order of calls, with the sums over what all of them read.
 
-    Also how often each is called. Layers that are never called are missing from both.
+    What is done to a group before the next is asked for, later layers see. One run of the network for each batch
+    does for all of them; a weight that is used several times in it comes with the last use, the others have passed.
+    Groups that are never called do not come.
+
+    Raises:
+        WorkloadError: a layer read values that are NaN or infinite.
     """
-    held: list[Tensor] = []
-    calls: dict[str, int] = {}
-    together: dict[tuple[object, ...], list[str]] = {}
+    group_of = {name: group for group in groups for name in group}
+    layers = {name: layer for group in groups for name, layer in group.items()}
+    uses: Counter[int] = Counter()
+    watch_inputs(model, layers, [workload.example], lambda name, _: uses.update([id(group_of[name])]))
+    found: dict[int, Gram] = {}
+    finished: set[int] = set()
+    now, now_read = Gram(0), [object()]
+    for name, inputs in abreast(model, layers, workload.calibration):
+        key = id(group_of[name])
+        if key in finished:
+            continue
+        read = [type(layers[name]) is nn.Linear, *map(_identity, inputs)]
+        if not read[0] or read != now_read:  # query, key and value read the same
+            now, now_read = Gram(rows_of_each(workload)), read
+            for x in inputs:
+                now.add(layers[name], x)
+        found[key] = found[key].joined(now) if key in found else now
+        uses[key] -= 1
+        if uses[key] <= 0:
+            refuse_nan(name, found[key])
+            yield group_of[name], found.pop(key)
+            finished.add(key)
+            if len(finished) == len(groups):
+                return
+    for group in groups:
+        if id(group) in found:
+            yield group, found[id(group)]
 
-    def observe(name: str, x: Tensor) -> None:
-        held.append(x)  # memory that is freed is taken by other tensors, which would look the same
-        if name not in calls:
-            together.setdefault((x.data_ptr(), x.shape, x.stride(), x._version), []).append(name)
-        calls[name] = calls.get(name, 0) + 1
 
-    watch_inputs(model, layers, [example], observe)
-    return list(together.values()), calls
+def _identity(x: Tensor) -> tuple[object, ...]:
+    """Of a tensor, while it is held: memory that is freed is taken by others."""
+    return x.data_ptr(), x.shape, x.stride(), x._version
+
+
+def rows_of_each(workload: Workload) -> int:
+    """How many rows are kept of what a layer reads in one batch."""
+    return max(1, SAMPLE // len(workload.calibration))
+
+
+def refuse_nan(name: str, gram: Gram) -> None:
+    """Raises a WorkloadError where the layer `name` read no numbers."""
+    if not torch.as_tensor(gram.products).isfinite().all():
+        raise WorkloadError(
+            f"{name!r} read NaN or infinite values on the calibration data, by which no error can be weighed. "
+            f"Look for such values in the batches, or leave the layer out with where: '!{name}'."
+        )

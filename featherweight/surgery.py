@@ -562,13 +562,9 @@ def without(model: nn.Module, gone: Sequence[Block]) -> nn.Module:
 # ------------------------------------------------------------------------------------------------ watching
 
 
-def watch_inputs(
-    model: nn.Module,
-    layers: Mapping[str, nn.Module],
-    batches: Iterable[Batch],
-    observe: Callable[[str, Tensor], None],
-) -> None:
-    """Runs `model` on `batches` and calls `observe(name, first input)` whenever one of `layers` is called."""
+@contextlib.contextmanager
+def watching(layers: Mapping[str, nn.Module], observe: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Inside the block, `observe(name, first input)` is called whenever one of `layers` is."""
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def look(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -579,12 +575,22 @@ def watch_inputs(
 
     handles = [layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
     try:
-        with torch.no_grad():
-            for batch in batches:
-                call(model, batch)
+        yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def watch_inputs(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Iterable[Batch],
+    observe: Callable[[str, Tensor], None],
+) -> None:
+    """Runs `model` on `batches` and calls `observe(name, first input)` whenever one of `layers` is called."""
+    with watching(layers, observe), torch.no_grad():
+        for batch in batches:
+            call(model, batch)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from featherweight.errors import WorkloadError
-from featherweight.gram import Gram, grams, reading_order, rows_read, sampled
+from featherweight.gram import Gram, grams, grams_in_turn, rows_read, sampled
 from featherweight.workload import Workload
 
 EVERYTHING = 1 << 30
@@ -78,40 +78,67 @@ class Counted(nn.Module):
         return x
 
 
-def test_a_run_ends_where_all_has_been_seen():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), Counted())
+def test_one_run_for_each_batch_does_for_all_layers_and_ends_with_the_last_of_them():
+    model = nn.Sequential(Counted(), nn.Linear(4, 4), nn.Linear(4, 4), Counted())
     workload = workload_of(model, torch.randn(8, 4), torch.randn(8, 4))
-    short = grams(model, {"0": model[0]}, workload, {"0": 1})
-    assert model[2].calls == 0
-    whole = grams(model, {"0": model[0]}, workload)
-    assert model[2].calls == 2
-    assert torch.equal(short["0"].mean(), whole["0"].mean())
-    assert not model[0]._forward_pre_hooks
+    found = list(grams_in_turn(model, [{"2": model[2]}, {"1": model[1]}], workload))
+    assert [list(group) for group, _ in found] == [["1"], ["2"]]
+    assert (model[0].calls, model[3].calls) == (3, 1)  # the example counts uses
+    together = grams(model, {"1": model[1], "2": model[2]}, workload)
+    for group, gram in found:
+        torch.testing.assert_close(gram.mean(), together[next(iter(group))].mean())
+    assert not model[1]._forward_pre_hooks
+
+
+def test_later_layers_read_what_was_done_to_earlier_ones():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    workload = workload_of(model, torch.randn(8, 4), torch.randn(8, 4))
+    seen = {}
+    for group, gram in grams_in_turn(model, [{"0": model[0]}, {"1": model[1]}], workload):
+        for name, layer in group.items():
+            layer.weight.data.mul_(2)
+            seen[name] = gram.mean()
+    torch.testing.assert_close(seen["1"], grams(model, {"1": model[1]}, workload)["1"].mean())
 
 
 class Attention(nn.Module):
-    """Three layers that read one tensor, one that reads what they say, one that is called twice, one never."""
+    """Three layers that read one tensor, one that reads what they say, two that share a weight, one never called."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.key, self.out, self.query, self.value, self.twice, self.never = (nn.Linear(8, 8) for _ in range(6))
+        self.key, self.out, self.query, self.value, self.first, self.second, self.never = (
+            nn.Linear(8, 8) for _ in range(7)
+        )
+        self.second.weight = self.first.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = torch.softmax(self.query(x) @ self.key(x).transpose(0, 1), -1) @ self.value(x)
-        return self.twice(self.twice(self.out(y)))
+        return self.second(self.first(self.first(self.out(y))))
 
 
-def test_layers_that_read_the_same_tensor_stand_together_in_the_order_of_calls():
+def test_a_weight_that_is_used_several_times_comes_with_the_last_use_and_all_that_it_read():
     model = Attention()
-    order, calls = reading_order(model, dict(model.named_children()), (torch.randn(3, 8),))
-    assert order == [["query", "key", "value"], ["out"], ["twice"]]
-    assert calls == {"query": 1, "key": 1, "value": 1, "out": 1, "twice": 2}
+    workload = workload_of(model, torch.randn(3, 8), torch.randn(5, 8))
+    layers = dict(model.named_children())
+    shared = {name: layers.pop(name) for name in ("first", "second")}
+    found = list(grams_in_turn(model, [*({name: layer} for name, layer in layers.items()), shared], workload))
+    assert [list(group) for group, _ in found] == [["query"], ["key"], ["value"], ["out"], ["first", "second"]]
+    together = grams(model, dict(model.named_children()), workload)
+    counts = {name: gram.count for name, gram in together.items()}
+    assert found[-1][1].count == counts["first"] + counts["second"] == 24
+    both = sum(together[name].mean() * counts[name] for name in shared) / 24
+    torch.testing.assert_close(found[-1][1].mean(), both)
 
 
-def test_memory_that_is_used_again_is_another_tensor():
-    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(12)))
-    order, _ = reading_order(model, dict(model.named_children()), (torch.randn(3, 8),))
-    assert order == [[str(i)] for i in range(12)]
+def test_what_layers_read_alike_is_summed_once(monkeypatch):
+    model, sums = Attention(), []
+    add = Gram.add
+    monkeypatch.setattr(Gram, "add", lambda gram, layer, x: (sums.append(layer), add(gram, layer, x)))
+    workload = workload_of(model, torch.randn(3, 8))
+    groups = [{name: model.get_submodule(name)} for name in ("query", "key", "value", "out")]
+    found = {next(iter(group)): gram for group, gram in grams_in_turn(model, groups, workload)}
+    assert sums == [model.query, model.out]
+    assert found["query"] is found["value"]
 
 
 def test_inputs_that_are_no_numbers_are_named():

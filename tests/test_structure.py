@@ -23,6 +23,7 @@ LAYERS = (
     {"errors", "settings"},
     {
         "workload",
+        "abreast",
         "encodings",
         "surgery",
         "coupling",

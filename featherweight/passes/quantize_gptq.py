@@ -1,16 +1,19 @@
 """GPTQ: rounds weights one input after the other, and lets those that follow make up for the error.
 
-    q_i = round(w_i),   w_j ← w_j − (w_i − q_i) / U_ii · U_ij  for all j > i,   UᵀU = (H + λI)⁻¹,  H = XᵀX / n
+    q_i = round(w_i + Σ_{j<i} (w_j − q_j) · U_ji),   H + λI = U D Uᵀ,   H = XᵀX / n
 
-where X are the layer's inputs on calibration data. Single weights end up further from the original than nearest
-rounding leaves them, and the layer's outputs closer. Columns are worked on in blocks of 128, after each of which all
-that follow are corrected at once. Scales are fixed beforehand, from the original weights; the scales of blocks that
-the authors' code takes from weights already corrected are left out, for they forbid another order of columns.
+where X are the layer's inputs on calibration data, U is upper triangular with ones on its diagonal and D diagonal. The
+error of the outputs is Σ_i D_i · (q_i minus what is rounded)², so that each rounding makes its own term as small as the
+grid allows. The authors reach the same numbers by correcting all weights that follow after each rounding, with a factor
+of the inverse of H + λI, which need not be computed here. Single weights end up further from the original than
+nearest rounding leaves them, and the layer's outputs closer. Columns are worked on in blocks of 128, the errors of
+those before a block being fed on at once. Scales are fixed beforehand, from the original weights; the scales of blocks
+that the authors' code takes from weights already corrected are left out, for they forbid another order of columns.
 Convolutions are linear layers that read patches, each group of channels by itself. An embedding reads no numbers, so
 its rows, and weights that it shares, are rounded to the nearest, as are layers that the calibration data never calls.
 
 Source: Frantar, Ashkboos, Hoefler, Alistarh 2022, arXiv:2210.17323, algorithm 1; order of columns and layers: the
-authors' code (act-order, true-sequential).
+authors' code (act-order, true-sequential); in terms of U: Chee, Cai, Kuleshov, De Sa 2023, arXiv:2307.13304.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from featherweight.encodings import Affine, Masked, affine_scale, fitting_block, grid, grouped, spread
-from featherweight.gram import CONVOLUTIONS, Gram, grams, reading_order
+from featherweight.gram import CONVOLUTIONS, Gram, grams_in_turn
 from featherweight.passes import Pass
 from featherweight.settings import Choice, Range
 from featherweight.surgery import (
@@ -41,24 +44,25 @@ from featherweight.surgery import (
 from featherweight.workload import Workload
 
 WEIGHTED = (*CONVOLUTIONS, nn.Linear)
-LAZY = 128  # columns after which all that follow are corrected at once
+LAZY = 128  # columns that take the errors of all before them at once
 
-Group = dict[str, nn.Module]  # layers that share one weight
+Group = Mapping[str, nn.Module]  # layers that share one weight
 
 
-def inverse_factor(hessian: Float[Tensor, "groups in in"], damping: float) -> Float[Tensor, "groups in in"]:
-    """The upper triangular U with UᵀU = (H + λI)⁻¹, where λ is `damping` times the mean of H's diagonal.
+def feedback(hessian: Float[Tensor, "groups in in"], damping: float) -> Float[Tensor, "groups in in"]:
+    """The upper triangular U with ones on its diagonal for which H + λI = U D Uᵀ, D diagonal.
 
-    In doubles. Inputs that were always zero have rows and columns of zeros but for λ: their errors are nobody's loss.
+    λ is `damping` times the mean of H's diagonal. In doubles. Inputs that were always zero take no error and give none.
 
-    >>> inverse_factor(torch.tensor([[[4.0, 0.0], [0.0, 0.0]]]), damping=0.5).diagonal(dim1=1, dim2=2)
-    tensor([[0.4472, 1.0000]], dtype=torch.float64)
+    >>> feedback(torch.tensor([[[2.0, 1.0], [1.0, 1.0]]]), damping=0.0)
+    tensor([[[1., 1.],
+             [0., 1.]]], dtype=torch.float64)
     """
     mean = hessian.double().diagonal(dim1=1, dim2=2).mean(1)
     added = torch.where(mean > 0, damping * mean, torch.ones_like(mean))
     damped = hessian.double() + added.view(-1, 1, 1) * torch.eye(hessian.shape[1], dtype=torch.float64)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True)
+    root = torch.linalg.cholesky(damped.flip(1, 2)).flip(1, 2)  # from the last to the first: root · rootᵀ, root upper
+    return root / root.diagonal(dim1=1, dim2=2).unsqueeze(1)
 
 
 def falling(hessian: Float[Tensor, "groups in in"]) -> Int64[Tensor, "groups in"]:
@@ -92,24 +96,23 @@ def gptq(
     order = torch.arange(weight.shape[2]).expand(len(weight), -1) if order is None else order
     down = order.unsqueeze(2)
     places = down.expand(-1, -1, weight.shape[1])  # in what follows a column of the weight is a row
-    left_over = weight.double().transpose(1, 2).gather(1, places)
-    steps = steps.double().transpose(1, 2).gather(1, places)
+    exact = weight.transpose(1, 2).gather(1, places)
+    steps = steps.transpose(1, 2).gather(1, places)
     zero = None if kept is None else ~kept.transpose(1, 2).gather(1, places)
     turned = hessian.gather(1, down.expand_as(hessian)).gather(2, order.unsqueeze(1).expand_as(hessian))
-    factor = inverse_factor(turned, damping)
-    rounded = torch.empty_like(left_over)
+    share = feedback(turned, damping).transpose(1, 2).to(weight.dtype)
+    rounded, errors = torch.empty_like(exact), torch.empty_like(exact)
     for start in range(0, weight.shape[2], LAZY):
         stop = min(start + LAZY, weight.shape[2])
-        errors = torch.empty_like(left_over[:, start:stop])
+        wanted = exact[:, start:stop] + share[:, start:stop, :start] @ errors[:, :start]
+        near = share[:, start:stop, start:stop].contiguous()
         for i in range(start, stop):
-            step = steps[:, i]
-            value = (left_over[:, i] / step).round_().clamp_(*grid(bits)).mul_(step)
+            at = i - start
+            value = torch.baddbmm(wanted[:, at : at + 1], near[:, at : at + 1, :at], errors[:, start:i]).squeeze(1)
+            value = value.div_(steps[:, i]).round_().clamp_(*grid(bits)).mul_(steps[:, i])
             rounded[:, i] = value if zero is None else value.masked_fill_(zero[:, i], 0.0)
-            errors[:, i - start] = (left_over[:, i] - rounded[:, i]) / factor[:, i, i].unsqueeze(1)
-            ahead = factor[:, i, i + 1 : stop].unsqueeze(2)
-            left_over[:, i + 1 : stop] -= ahead * errors[:, i - start].unsqueeze(1)
-        left_over[:, stop:] -= factor[:, start:stop, stop:].transpose(1, 2) @ errors
-    return torch.empty_like(rounded).scatter_(1, places, rounded).transpose(1, 2).to(weight.dtype)
+            errors[:, i] = exact[:, i] - rounded[:, i]
+    return torch.empty_like(rounded).scatter_(1, places, rounded).transpose(1, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,9 +124,10 @@ class QuantizeGptq(Pass):
         block: how many consecutive weights of a row share a scale; 0 for one scale per output channel. Where it
             does not divide a row, the largest smaller size that does is taken.
         order: whether the inputs of the largest mean square are rounded first.
-        sequential: whether each layer sees inputs from the network as rounded so far, which takes a run of the network
-            up to that layer for each; else all are seen in one run of the original. What it gained or lost at 2 to 4
-            bits, in networks of 3 to 12 layers, was mostly within chance (LOG.md).
+        sequential: whether each layer sees inputs from the network as rounded so far, else from the original. What it
+            gained or lost at 2 to 4 bits, in networks of 3 to 12 layers, was mostly within chance (LOG.md). Either
+            way each batch takes one run of the network, and the activations of all batches are held at a time; without
+            sequence, XᵀX of all layers too.
         damping: share of the mean square of the inputs that is added to the square of each.
     """
 
@@ -137,27 +141,19 @@ class QuantizeGptq(Pass):
         layers = select(model, self.where, (*WEIGHTED, nn.Embedding))
         refuse_quantized(layers, self.name())
         groups = groups_by_weight(model, layers)
-        fed = {name: group for group in groups if _reads_numbers(group) for name in group}
-        watched = {name: layers[name] for name in fed}
-        together, calls = reading_order(model, watched, workload.example) if fed else ([], {})
-        stages = together if self.sequential else [[name for names in together for name in names]]
-        finished: set[int] = set()
-        for names in stages:
-            stage = list({id(fed[name]): fed[name] for name in names if id(fed[name]) not in finished}.values())
-            if not stage:
-                continue
-            finished |= {id(group) for group in stage}
-            members = {name: layer for group in stage for name, layer in group.items()}
-            seen = grams(model, members, workload, {name: calls[name] for name in members if name in calls})
-            for group in stage:
-                self._encode(group, seen)
+        fed = [group for group in groups if _reads_numbers(group)]
+        rounded = set()
+        found = grams_in_turn(model, fed, workload) if fed else iter(())
+        for group, gram in found if self.sequential else list(found):
+            self._encode(group, gram)
+            rounded |= set(group)
         for group in groups:
-            if id(group) not in finished:
-                self._encode(group, {})
+            if not rounded.issuperset(group):
+                self._encode(group, None)
         leave_others(model, self.where, layers, self.name())
         return model
 
-    def _encode(self, group: Group, seen: Mapping[str, Gram]) -> None:
+    def _encode(self, group: Group, gram: Gram | None) -> None:
         """Rounds and encodes the weight of a group, by what its layers read where anything is known of it."""
         weight, first = dense_of(next(iter(group.values()))), encoding_of(next(iter(group.values())))
         if weight[0].numel() < 2:
@@ -166,13 +162,11 @@ class QuantizeGptq(Pass):
             return
         block = fitting_block(weight[0].numel(), self.block) if self.block else 0
         scale = affine_scale(weight, self.bits, 0, block, search=True)
-        read = [seen[name] for name in group if name in seen]
-        if read:
+        if gram is not None:
             kept = first.mask if isinstance(first, Masked) else None
-            hessian = sum(gram.mean() * gram.count for gram in read) / sum(gram.count for gram in read)
-            weight = self._rounded(weight, scale, block, torch.as_tensor(hessian), kept)
+            weight = self._rounded(weight, scale, block, gram.mean(), kept)
         encoding = Affine(weight, scale, bits=self.bits, axis=0, block=block)
-        how = "errors fed on" if read else f"rounded to the nearest: {_why_nearest(group)}"
+        how = "errors fed on" if gram is not None else f"rounded to the nearest: {_why_nearest(group)}"
         for name, layer in group.items():
             encode(layer, encoding)
             done(name, f"{encoding.describe()}, {how}")
