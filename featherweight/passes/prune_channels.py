@@ -10,8 +10,13 @@ network's own answers the gradient of its loss nearly vanishes. The noise ε sta
 outputs could move: the expectation of I_u is Σ_i ‖Δ_u f(x_i)‖², the squared change itself (Hutchinson 1990,
 doi:10.1080/03610919008812866, on the Gauss-Newton matrix of the squared error), whatever the outputs mean.
 
+Without data there are the norm of the weights that make u, which a batch norm after them undoes; the scale |γ_u| that
+this one gives instead, in y_u = γ_u · (x_u − μ_u) / σ_u + β_u; and, as the control that the others must beat, a number
+drawn at random. Not here: training with a penalty on Σ |γ|, which makes scales of what is not needed small.
+
 Source: Molchanov, Mallya, Tyree, Frosio, Kautz 2019, arXiv:1906.10771, equation 8, for the importance; Li et al.
-2017, arXiv:1608.08710, for the magnitude of filters; Fang et al. 2023, arXiv:2301.12900, for what hangs together.
+2017, arXiv:1608.08710, for the magnitude of filters; Liu et al. 2017, arXiv:1708.06519, section 3, for the scales
+of batch norms; Fang et al. 2023, arXiv:2301.12900, for what hangs together.
 """
 
 from __future__ import annotations
@@ -47,8 +52,10 @@ def per_index(values: Float[Tensor, "*shape"], dim: int) -> Float[np.ndarray, " 
 
     >>> per_index(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), dim=1)
     array([4., 6.])
+    >>> per_index(torch.tensor([1.0, 2.0]), dim=0)
+    array([1., 2.])
     """
-    return values.detach().movedim(dim, 0).flatten(1).sum(1).double().cpu().numpy()
+    return values.detach().movedim(dim, 0).reshape(values.shape[dim], -1).sum(1).double().cpu().numpy()
 
 
 def noisy_loss(results: Sequence[Tensor], rng: torch.Generator) -> Float[Tensor, ""]:
@@ -129,20 +136,22 @@ class PruneChannels(Pass):
     Args:
         share: of the arithmetic that hangs on removable units. Where units are made from units, as in convolutions
             in a row, about (1 - share)² of it is left, and 1 - share where they are not, as in transformers.
-        importance: "taylor" (what the outputs lose, from calibration data) or "magnitude" (the norm of the weights
-            that make a unit).
-        allocation: "global" (the least important for their cost, anywhere) or "uniform" (`share` of each group).
+        importance: "taylor" (what the outputs lose, from calibration data), "magnitude" (the norm of the weights
+            that make a unit), "batchnorm" (the scale of the batch norm on it, of several their mean; units without
+            one are left) or "random".
+        allocation: "global" (the least important for their cost, anywhere; a group keeps `multiple` channels at
+            least) or "uniform" (`share` of each group).
         multiple: of which the widths that stay are one; where it is more than half of a layer's width, half of it, a
             quarter and so on. Heads count as they are.
     """
 
     share: Annotated[float, Range(0.0, 0.9)] = 0.3
-    importance: Annotated[str, Choice("taylor", "magnitude")] = "taylor"
+    importance: Annotated[str, Choice("taylor", "magnitude", "batchnorm", "random")] = "taylor"
     allocation: Annotated[str, Choice("global", "uniform")] = "global"
     multiple: Annotated[int, Range(1, 64)] = 8
 
     def apply(self, model: nn.Module, workload: Workload) -> nn.Module:
-        scores = self._scores(model, self._chosen(groups(model, workload.example)), workload.calibration)
+        scores = self._scores(model, self._chosen(model, groups(model, workload.example)), workload.calibration)
         while True:
             cuts = self._cuts(scores)
             try:
@@ -155,7 +164,7 @@ class PruneChannels(Pass):
             _report(group, going.get(group, 0))
         return pruned
 
-    def _chosen(self, found: Sequence[Group]) -> list[Group]:
+    def _chosen(self, model: nn.Module, found: Sequence[Group]) -> list[Group]:
         """The groups of which something can go; why the others of those that `where` touches cannot is reported."""
         chosen: list[Group] = []
         reasons: dict[str, str] = {}
@@ -167,6 +176,10 @@ class PruneChannels(Pass):
                 reasons[group.name] = group.frozen
             elif outside:
                 reasons[group.name] = f"hangs together with {outside[0]!r}, which where={self.where!r} leaves out"
+            elif self.importance == "batchnorm" and not _norms(model, group):
+                reasons[group.name] = (
+                    "has no batch norm, which importance batchnorm reads: taylor and magnitude need none"
+                )
             else:
                 chosen.append(group)
         if not chosen:
@@ -186,7 +199,10 @@ class PruneChannels(Pass):
         )
 
     def _scores(self, model: nn.Module, chosen: Sequence[Group], batches: Sequence[Batch]) -> dict[Group, Scores]:
-        values = taylor(model, chosen, batches) if self.importance == "taylor" else magnitude(model, chosen)
+        if self.importance == "taylor":
+            values = taylor(model, chosen, batches)
+        else:
+            values = WITHOUT_DATA[self.importance](model, chosen)
         return dict(zip(chosen, values, strict=True))
 
     def _step(self, group: Group) -> int:
@@ -246,6 +262,35 @@ def magnitude(model: nn.Module, chosen: Sequence[Group]) -> list[Scores]:
         for group in chosen
         for makers in [[s for s in group.slices if s.role == "makes"]]
     ]
+
+
+def batch_norm_scale(model: nn.Module, chosen: Sequence[Group]) -> list[Scores]:
+    """The mean |γ| of the batch norms on each unit, times its cost, so that the scales alone compete."""
+    return [
+        group.macs
+        * _over_slices(norms, {s: per_index(_of(model, s).abs(), 0) for s in norms})
+        / sum(s.index.shape[1] for s in norms)
+        for group in chosen
+        for norms in [_norms(model, group)]
+    ]
+
+
+def _norms(model: nn.Module, group: Group) -> list[Slice]:
+    """The scales of the batch norms that its channels pass."""
+    found = []
+    for s in group.slices:
+        layer, _, tensor = s.names[0].rpartition(".")
+        if tensor == "weight" and isinstance(model.get_submodule(layer), nn.modules.batchnorm._BatchNorm):
+            found.append(s)
+    return found
+
+
+def lots(model: nn.Module, chosen: Sequence[Group]) -> list[Scores]:
+    """A number for each unit, drawn from torch's global generator, times its cost, so that all are as likely to go."""
+    return [group.macs * torch.rand(len(group), dtype=torch.float64).numpy() for group in chosen]
+
+
+WITHOUT_DATA = {"magnitude": magnitude, "batchnorm": batch_norm_scale, "random": lots}
 
 
 def taylor(model: nn.Module, chosen: Sequence[Group], batches: Sequence[Batch]) -> list[Scores]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from featherweight.passes.prune_channels import (
     BATCH,
     EXAMPLES,
     PruneChannels,
+    batch_norm_scale,
     edges,
     global_removals,
     magnitude,
@@ -121,6 +123,25 @@ def test_magnitude_is_the_norm_of_what_makes_a_unit():
     assert np.allclose(found / group.macs, model[0].weight.detach().norm(dim=1).numpy(), rtol=1e-5)
 
 
+def test_batch_norm_scale_is_the_mean_over_the_norms_on_a_unit():
+    model, example = networks()["residual"].model, networks()["residual"].example
+    (stem, both) = (group for group in free(model, example) if group.name in ("stem.0", "conv2 + shortcut.0"))
+    found = batch_norm_scale(model, [stem, both])
+    scales = model.bn2.weight.abs() + model.shortcut[1].weight.abs()
+    assert np.allclose(found[0] / stem.macs, model.stem[1].weight.detach().abs().numpy())
+    assert np.allclose(found[1] / both.macs, (scales / 2).detach().numpy())
+
+
+def test_random_draws_anew_under_another_seed_and_the_same_under_the_same():
+    workload = workload_of(two_layers(), rows())
+
+    def kept(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return pruned(workload, share=0.5, importance="random")[0][0].weight
+
+    assert torch.equal(kept(1), kept(1)) and not torch.equal(kept(1), kept(2))
+
+
 # ------------------------------------------------------------------------------------------------ what it is for
 
 
@@ -186,6 +207,53 @@ def test_one_competition_harms_less_than_a_quota_for_each_layer():
     assert one[2].out_features < one[0].out_features
 
 
+@cache
+def slimmed() -> tuple[nn.Module, list[Batch]]:
+    """The same task learnt with batch norms and a penalty on their scales, as network slimming trains."""
+    torch.manual_seed(0)
+    norms = nn.BatchNorm1d(64), nn.BatchNorm1d(64)
+    layers = nn.Linear(16, 64), norms[0], nn.ReLU(), nn.Linear(64, 64), norms[1], nn.ReLU(), nn.Linear(64, 4)
+    model, directions = nn.Sequential(*layers), torch.randn(16, 4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(300):
+        x = torch.randn(128, 16)
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), (x @ directions).argmax(1))
+        (loss + 3e-3 * sum(norm.weight.abs().sum() for norm in norms)).backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    return model.eval(), rows(count=256)
+
+
+def harm_by(workload: Workload, importance: str, **settings) -> float:
+    return harm(workload, pruned(workload, importance=importance, **settings)[0])
+
+
+@pytest.mark.parametrize("allocation", ["global", "uniform"])
+@pytest.mark.parametrize(
+    ("learnt", "informed", "no_better"),
+    [
+        (trained, ["taylor", "magnitude"], []),
+        (slimmed, ["taylor", "batchnorm"], ["magnitude"]),  # a batch norm undoes the norm of the weights before it
+    ],
+)
+def test_informed_importance_beats_random(learnt, informed: list[str], no_better: list[str], allocation: str):
+    workload = workload_of(*learnt())
+    settings = {"share": 0.3, "allocation": allocation}
+    control = [harm_by(workload, "random", **settings) for _ in range(3)]
+    for importance in informed:
+        assert harm_by(workload, importance, **settings) < 0.8 * min(control)
+    for importance in no_better:
+        assert harm_by(workload, importance, **settings) > 0.9 * min(control)
+
+
+@pytest.mark.parametrize("importance", ["taylor", "batchnorm"])
+def test_one_competition_harms_less_in_a_network_as_it_was_trained(importance: str):
+    workload = workload_of(*slimmed())
+    one, quota = (harm_by(workload, importance, share=0.4, allocation=a) for a in ("global", "uniform"))
+    assert one < 0.75 * quota
+
+
 @pytest.mark.parametrize("importance", ["taylor", "magnitude"])
 @pytest.mark.parametrize("name", list(networks()))
 def test_networks_get_smaller_by_about_what_was_asked(name: str, importance: str):
@@ -241,6 +309,34 @@ def test_nothing_to_cut_is_an_error_that_lists_what_can_be(where: str):
     for part in (f"where='{where}'", "prune_channels", "Channels can go from: stem.0, conv1, conv2 + shortcut.0"):
         assert part in str(error.value)
     assert ("head is an output of the network" in str(error.value)) == (where == "head")
+
+
+def test_what_has_no_batch_norm_is_left_by_its_importance():
+    layers = nn.Linear(16, 16), nn.BatchNorm1d(16), nn.ReLU(), *two_layers()
+    model, coverage = pruned(workload_of(nn.Sequential(*layers), rows()), share=0.5, importance="batchnorm")
+    assert (model[0].out_features, model[3].out_features) == (8, 32)
+    assert ("3", "has no batch norm, which importance batchnorm reads: taylor and magnitude need none") in coverage.left
+    with pytest.raises(LayerError, match=r"0 has no batch norm, .*: taylor and magnitude need none"):
+        pruned(workload_of(two_layers(), rows()), importance="batchnorm")
+
+
+class Products(nn.Module):
+    """Attention written out: no layer reads queries and keys, they meet each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.head = (nn.Linear(16, width) for width in (16, 16, 16, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = (self.query(x) @ self.key(x).transpose(1, 2) / 4).softmax(-1)
+        return self.head((weights @ self.value(x)).mean(1))
+
+
+@pytest.mark.parametrize("importance", ["taylor", "magnitude", "random"])
+def test_features_that_no_layer_reads_can_go(importance: str):
+    batches = [(x,) for x in torch.randn(4, 8, 5, 16)]
+    model, _ = pruned(workload_of(Products(), batches), share=0.5, importance=importance, allocation="uniform")
+    assert (model.query.out_features, model.key.out_features, model.value.out_features) == (8, 8, 8)
 
 
 class Fixed(nn.Module):
