@@ -168,12 +168,13 @@ class PruneChannels(Pass):
         """The groups of which something can go; why the others of those that `where` touches cannot is reported."""
         chosen: list[Group] = []
         reasons: dict[str, str] = {}
+        frozen = {group: self._frozen(model, group) for group in found}
         for group in found:
             outside = [layer for layer in group.layers if not matches(layer, self.where)]
             if len(outside) == len(group.layers):
                 continue
-            if group.frozen is not None:
-                reasons[group.name] = group.frozen
+            if why := frozen[group]:
+                reasons[group.name] = why
             elif outside:
                 reasons[group.name] = f"hangs together with {outside[0]!r}, which where={self.where!r} leaves out"
             elif self.importance == "batchnorm" and not _norms(model, group):
@@ -183,14 +184,18 @@ class PruneChannels(Pass):
             else:
                 chosen.append(group)
         if not chosen:
-            self._refuse(found, reasons)
+            self._refuse([group.name for group in found if not frozen[group]], reasons)
         for group in found:
             if group.name in reasons:
                 _leave(group, reasons[group.name])
         return chosen
 
-    def _refuse(self, found: Sequence[Group], reasons: Mapping[str, str]) -> None:
-        free = [group.name for group in found if group.frozen is None]
+    def _frozen(self, model: nn.Module, group: Group) -> str | None:
+        if group.frozen is None and self.importance == "batchnorm" and not _norms(model, group):
+            return "has no batch norm, which importance batchnorm reads: taylor and magnitude need none"
+        return group.frozen
+
+    def _refuse(self, free: Sequence[str], reasons: Mapping[str, str]) -> None:
         why = "; ".join(f"{name} {reason}" for name, reason in list(reasons.items())[:5])
         raise LayerError(
             f"where={self.where!r} chooses nothing that {self.name()} can remove channels of. "
