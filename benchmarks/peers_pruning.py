@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
 import sys
 import tempfile
 import time
@@ -190,28 +189,25 @@ def layers_cut(before: nn.Module, after: nn.Module) -> tuple[int, int]:
 
 
 def sized(prune: Prune, before: int, wanted: float) -> tuple[nn.Module, float]:
-    """What comes nearest to the wanted share of `before` parameters, and the seconds one pruning took.
-
-    The strength is found by false position on the logarithm of the share, as if each step left the same share.
-    """
-    low, high = (0.0, 0.0), (0.9, math.log(wanted / 10))
+    """What comes nearest to the wanted share of `before` parameters, by halving, and the seconds one pruning took."""
+    low, high = 0.0, 0.9
     best: tuple[float, nn.Module, float] | None = None
     failed: Exception | None = None
     for _ in range(TRIALS):
-        strength = low[0] + (math.log(wanted) - low[1]) / (high[1] - low[1]) * (high[0] - low[0])
+        strength = (low + high) / 2
         start = time.perf_counter()
         try:
             model = prune(strength)
         except Exception as error:  # more than it can take
-            failed, high = error, (strength, high[1])
+            failed, high = error, strength
             continue
         share = parameters(model) / before
-        off = abs(math.log(share / wanted))
+        off = abs(share / wanted - 1)
         if best is None or off < best[0]:
             best = off, model, time.perf_counter() - start
         if off < TOLERANCE:
             break
-        low, high = ((strength, math.log(share)), high) if share > wanted else (low, (strength, math.log(share)))
+        low, high = (strength, high) if share > wanted else (low, strength)
     if best is None:
         raise RuntimeError(f"no strength worked; the last one said: {failed}") from failed
     return best[1], best[2]

@@ -1,35 +1,39 @@
 """Removes whole channels, features and attention heads, so that an ordinary, narrower network is left.
 
-What hangs together goes together: `coupling` finds the units. How much a unit u matters is how far the outputs move,
-to first order, when the weights that read u are set to zero, which is what its removal does:
+What hangs together goes together: `coupling` finds the units. How much a set S of them matters is how far the outputs
+move, to first order, when the weights that read its units are set to zero, which is what its removal does:
 
-    I_u = Σ_b ( Σ_{w reads u} w · ∂L_b/∂w )²,    L_b = Σ_{i ∈ b} ⟨ε_i, f(x_i)⟩,    ε_i ~ N(0, 1) each
+    I_S = Σ_b ( Σ_{u ∈ S} e_ub )²,  e_ub = Σ_{w reads u} w · ∂L_b/∂w,  L_b = Σ_{i ∈ b} ⟨ε_i, f(x_i)⟩,  ε_i ~ N(0, 1)
 
 for small batches b of the calibration data. There are no labels here, and guessing them helps little: at a trained
 network's own answers the gradient of its loss nearly vanishes. The noise ε stands for all directions in which the
-outputs could move: the expectation of I_u is Σ_i ‖Δ_u f(x_i)‖², the squared change itself (Hutchinson 1990,
+outputs could move: the expectation of I_S is Σ_i ‖Δ_S f(x_i)‖², the squared change itself (Hutchinson 1990,
 doi:10.1080/03610919008812866, on the Gauss-Newton matrix of the squared error), whatever the outputs mean.
+
+Units that are read with one sign, as after a ReLU, harm together far more than the sum of what each does alone. So
+units of a group go one after another, each that which adds least to I_S: it may make up for what went before.
 
 Without data there are the norm of the weights that make u, which a batch norm after them undoes; the scale |γ_u| that
 this one gives instead, in y_u = γ_u · (x_u − μ_u) / σ_u + β_u; and, as the control that the others must beat, a number
 drawn at random. Not here: training with a penalty on Σ |γ|, which makes scales of what is not needed small.
 
-Source: Molchanov, Mallya, Tyree, Frosio, Kautz 2019, arXiv:1906.10771, equation 8, for the importance; Li et al.
-2017, arXiv:1608.08710, for the magnitude of filters; Liu et al. 2017, arXiv:1708.06519, section 3, for the scales
-of batch norms; Fang et al. 2023, arXiv:2301.12900, for what hangs together.
+Source: Molchanov, Mallya, Tyree, Frosio, Kautz 2019, arXiv:1906.10771, equation 8, for e; Luo, Wu, Lin 2017,
+arXiv:1707.06342, equation 6 and algorithm 1, for sets of channels, there with the next layer's outputs in place of the
+network's; Li et al. 2017, arXiv:1608.08710, for the magnitude of filters; Liu et al. 2017, arXiv:1708.06519, section
+3, for the scales of batch norms; Fang et al. 2023, arXiv:2301.12900, for what hangs together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from math import ceil, gcd
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
+from scipy.optimize import isotonic_regression
 from torch import Tensor, nn
 
 from featherweight.coupling import Group, Slice, groups, tensor_of, trial
@@ -42,7 +46,7 @@ from featherweight.workload import Batch, Workload, call, like, outputs, tensors
 Scores = Float[np.ndarray, " _"]
 
 EXAMPLES = 128  # that importance is measured on
-BATCH = 2  # of them share a draw of noise: the more draws, the surer the estimate
+BATCH = 1  # of them share a draw of noise: the more draws, the fewer units only seem to make up for one another
 
 # ------------------------------------------------------------------------------------------------ mathematics
 
@@ -66,6 +70,47 @@ def noisy_loss(results: Sequence[Tensor], rng: torch.Generator) -> Float[Tensor,
         noise = torch.randn(output.shape, generator=rng).to(output)
         total = total + ((output * noise).sum() / scale).to(total)
     return total
+
+
+class Ranking(NamedTuple):
+    """The units of a group in the order in which they go.
+
+    Args:
+        order: the first to go first.
+        harm: what the first 0, 1, 2, ... of them matter together.
+    """
+
+    order: Int[np.ndarray, " units"]
+    harm: Float[np.ndarray, " units_and_none"]
+
+
+def apart(scores: Scores) -> Ranking:
+    """Units that matter by themselves: several of them as much as their sum.
+
+    >>> apart(np.array([3.0, 1.0]))
+    Ranking(order=array([1, 0]), harm=array([0., 1., 4.]))
+    """
+    order = np.argsort(scores, kind="stable")
+    return Ranking(order, np.concatenate([[0.0], scores[order].cumsum()]))
+
+
+def together(effects: Float[np.ndarray, "draws units"]) -> Ranking:
+    """Units whose effects e add up before they are squared: each next one is that which adds least to I.
+
+    >>> together(np.array([[1.0, 1.5, -2.0]]))
+    Ranking(order=array([0, 2, 1]), harm=array([0.  , 1.  , 1.  , 0.25]))
+    """
+    alone = np.square(effects).sum(axis=0)
+    gone = np.zeros(len(alone), dtype=bool)
+    moved = np.zeros(len(effects))
+    order, harm = [], [0.0]
+    for _ in alone:
+        unit = int(np.where(gone, np.inf, alone + 2 * moved @ effects).argmin())
+        gone[unit] = True
+        moved += effects[:, unit]
+        order.append(unit)
+        harm.append(float(moved @ moved))
+    return Ranking(np.array(order), np.array(harm))
 
 
 def edges(units: int, step: int) -> list[int]:
@@ -99,26 +144,33 @@ def uniform_removals(units: Sequence[int], steps: Sequence[int], share: float) -
     return [max(n for n in edges(count, step) if n <= share * count) for count, step in zip(units, steps, strict=True)]
 
 
-def global_removals(scores: Sequence[Scores], costs: Sequence[float], steps: Sequence[int], share: float) -> list[int]:
+def global_removals(
+    harms: Sequence[Float[np.ndarray, " _"]], costs: Sequence[float], steps: Sequence[int], share: float
+) -> list[int]:
     """How many units of each group go: those that matter least for what they cost, wherever they are.
 
+    What a step adds to the harm can be less than what the one before added; such steps are taken as one.
+
     Args:
-        scores: the importance of the units of each group.
+        harms: of each group, as a `Ranking` has it.
         costs: of one unit of each group.
         steps: how many units go at a time.
         share: of the summed cost that goes, to the nearest step.
 
-    >>> global_removals([np.array([1.0, 2.0, 9.0, 9.0]), np.array([8.0, 8.0])], costs=[1, 1], steps=[1, 1], share=0.3)
+    >>> one, other = np.array([0.0, 1.0, 3.0, 12.0]), np.array([0.0, 8.0, 16.0])
+    >>> global_removals([one, other], costs=[1, 1], steps=[1, 1], share=0.4)
     [2, 0]
     """
-    blocks = []  # importance over cost, group, how many units
-    for group, (values, cost, step) in enumerate(zip(scores, costs, steps, strict=True)):
-        ordered = np.sort(values)
-        for low, high in pairwise(edges(len(values), step)):
-            blocks.append((float(ordered[low:high].mean()) / max(cost, 1e-12), group, high - low))
-    missing = share * sum(len(values) * cost for values, cost in zip(scores, costs, strict=True))
-    counts = [0] * len(scores)
-    for _, group, size in sorted(blocks):
+    blocks = []  # added harm over cost, group, place, how many units
+    for group, (harm, cost, step) in enumerate(zip(harms, costs, steps, strict=True)):
+        ends = edges(len(harm) - 1, step)
+        if len(ends) > 1:
+            sizes = np.diff(ends)
+            slopes = isotonic_regression(np.diff(harm[ends]) / sizes, weights=sizes).x / max(cost, 1e-12)
+            blocks += [(slopes[place], group, place, int(size)) for place, size in enumerate(sizes)]
+    missing = share * sum((len(harm) - 1) * cost for harm, cost in zip(harms, costs, strict=True))
+    counts = [0] * len(harms)
+    for _, group, _, size in sorted(blocks):
         if missing < size * costs[group] / 2:
             break
         counts[group] += size
@@ -151,16 +203,16 @@ class PruneChannels(Pass):
     multiple: Annotated[int, Range(1, 64)] = 8
 
     def apply(self, model: nn.Module, workload: Workload) -> nn.Module:
-        scores = self._scores(model, self._chosen(model, groups(model, workload.example)), workload.calibration)
+        rankings = self._rankings(model, self._chosen(model, groups(model, workload.example)), workload.calibration)
         while True:
-            cuts = self._cuts(scores)
+            cuts = self._cuts(rankings)
             try:
                 pruned = trial(model, workload.example, cuts)
                 break
             except LayerError:
-                scores = _without_refused(model, workload.example, cuts, scores)
+                rankings = _without_refused(model, workload.example, cuts, rankings)
         going = {group: len(units) for group, units in cuts}
-        for group in scores:
+        for group in rankings:
             _report(group, going.get(group, 0))
         return pruned
 
@@ -203,33 +255,34 @@ class PruneChannels(Pass):
             + (f"Channels can go from: {', '.join(free[:20])}." if free else "Leave this step out.")
         )
 
-    def _scores(self, model: nn.Module, chosen: Sequence[Group], batches: Sequence[Batch]) -> dict[Group, Scores]:
+    def _rankings(self, model: nn.Module, chosen: Sequence[Group], batches: Sequence[Batch]) -> dict[Group, Ranking]:
         if self.importance == "taylor":
-            values = taylor(model, chosen, batches)
+            ranked = map(together, taylor(model, chosen, batches))
         else:
-            values = WITHOUT_DATA[self.importance](model, chosen)
-        return dict(zip(chosen, values, strict=True))
+            ranked = map(apart, WITHOUT_DATA[self.importance](model, chosen))
+        return dict(zip(chosen, ranked, strict=True))
 
     def _step(self, group: Group) -> int:
         return 1 if group.kind == "heads" else units_at_a_time(self.multiple, len(group), group.width)
 
-    def _cuts(self, scores: Mapping[Group, Scores]) -> list[tuple[Group, list[int]]]:
-        steps = [self._step(group) for group in scores]
+    def _cuts(self, rankings: Mapping[Group, Ranking]) -> list[tuple[Group, list[int]]]:
+        steps = [self._step(group) for group in rankings]
         if self.allocation == "uniform":
-            counts = uniform_removals([len(group) for group in scores], steps, self.share)
+            counts = uniform_removals([len(group) for group in rankings], steps, self.share)
         else:
-            counts = global_removals(list(scores.values()), [group.macs for group in scores], steps, self.share)
+            harms = [ranking.harm for ranking in rankings.values()]
+            counts = global_removals(harms, [group.macs for group in rankings], steps, self.share)
         return [
-            (group, np.argsort(values, kind="stable")[:count].tolist())
-            for (group, values), count in zip(scores.items(), counts, strict=True)
+            (group, ranking.order[:count].tolist())
+            for (group, ranking), count in zip(rankings.items(), counts, strict=True)
             if count
         ]
 
 
 def _without_refused(
-    model: nn.Module, example: Batch, cuts: Sequence[tuple[Group, list[int]]], scores: Mapping[Group, Scores]
-) -> dict[Group, Scores]:
-    """`scores` without the groups that cannot be cut after all, which are reported."""
+    model: nn.Module, example: Batch, cuts: Sequence[tuple[Group, list[int]]], rankings: Mapping[Group, Ranking]
+) -> dict[Group, Ranking]:
+    """`rankings` without the groups that cannot be cut after all, which are reported."""
     kept: list[tuple[Group, list[int]]] = []
     refused = set()
     for group, units in cuts:
@@ -239,7 +292,7 @@ def _without_refused(
         except LayerError as error:
             _leave(group, str(error))
             refused.add(group)
-    return {group: values for group, values in scores.items() if group not in refused}
+    return {group: ranking for group, ranking in rankings.items() if group not in refused}
 
 
 def _report(group: Group, count: int) -> None:
@@ -298,12 +351,12 @@ def lots(model: nn.Module, chosen: Sequence[Group]) -> list[Scores]:
 WITHOUT_DATA = {"magnitude": magnitude, "batchnorm": batch_norm_scale, "random": lots}
 
 
-def taylor(model: nn.Module, chosen: Sequence[Group], batches: Sequence[Batch]) -> list[Scores]:
-    """The importance I_u of every unit u of the groups, by first-order Taylor expansion."""
+def taylor(model: nn.Module, chosen: Sequence[Group], batches: Sequence[Batch]) -> list[Float[np.ndarray, "draws _"]]:
+    """The effects e of the units of each group on every draw of noise, by first-order Taylor expansion."""
     inlets = [[s for s in group.inlets if isinstance(_of(model, s), nn.Parameter)] for group in chosen]
-    read = {s.names[0]: tensor_of(model, s.names[0]) for found in inlets for s in found}
+    read = {s.names[0]: tensor_of(model, s.names[0]) for slices in inlets for s in slices}
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    total = [np.zeros(len(group)) for group in chosen]
+    found: list[list[Scores]] = [[] for _ in chosen]
     rng = torch.Generator().manual_seed(0)
     try:
         for parameter in wanted:
@@ -319,12 +372,12 @@ def taylor(model: nn.Module, chosen: Sequence[Group], batches: Sequence[Batch]) 
                 name: weight.detach() * (torch.zeros_like(weight) if gradient is None else gradient)
                 for (name, weight), gradient in zip(read.items(), gradients, strict=True)
             }
-            for score, found in zip(total, inlets, strict=True):
-                score += _over_slices(found, {s: per_index(effects[s.names[0]], s.dim) for s in found}) ** 2
+            for draws, slices in zip(found, inlets, strict=True):
+                draws.append(_over_slices(slices, {s: per_index(effects[s.names[0]], s.dim) for s in slices}))
     finally:
         for parameter, flag in wanted.items():
             parameter.requires_grad_(flag)
-    return total
+    return [np.stack(draws) for draws in found]
 
 
 def _no_gradient(results: Sequence[Tensor], read: Mapping[str, Tensor]) -> str:

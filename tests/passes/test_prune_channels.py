@@ -16,6 +16,8 @@ from featherweight.passes.prune_channels import (
     BATCH,
     EXAMPLES,
     PruneChannels,
+    Ranking,
+    apart,
     batch_norm_scale,
     edges,
     global_removals,
@@ -23,12 +25,14 @@ from featherweight.passes.prune_channels import (
     noisy_loss,
     per_index,
     taylor,
+    together,
     uniform_removals,
 )
 from featherweight.passes.quantize_weights import QuantizeWeights
 from featherweight.surgery import Coverage, recording
 from featherweight.testing import networks
 from featherweight.workload import Batch, Workload, call, outputs
+from tests import gratings
 
 DRAWS = EXAMPLES / BATCH
 
@@ -98,11 +102,17 @@ def test_uniform_takes_the_share_of_each_group_or_less():
 
 
 def test_global_takes_what_matters_least_for_its_cost():
-    scores = [np.array([4.0, 1.0, 3.0, 2.0]), np.array([2.0, 2.0, 2.0, 2.0])]
-    assert global_removals(scores, [1.0, 1.0], [1, 1], 0.25) == [2, 0]
-    assert global_removals(scores, [1.0, 8.0], [1, 1], 8 / 36) == [0, 1]
-    assert global_removals(scores, [1.0, 1.0], [1, 1], 0.9) == [3, 3]  # one of each stays
-    assert global_removals(scores, [1.0, 1.0], [1, 1], 0.0) == [0, 0]
+    scores = np.array([4.0, 1.0, 3.0, 2.0]), np.array([2.0, 2.0, 2.0, 2.0])
+    harms = [apart(values).harm for values in scores]
+    assert global_removals(harms, [1.0, 1.0], [1, 1], 0.25) == [2, 0]
+    assert global_removals(harms, [1.0, 8.0], [1, 1], 8 / 36) == [0, 1]
+    assert global_removals(harms, [1.0, 1.0], [1, 1], 0.9) == [3, 3]  # one of each stays
+    assert global_removals(harms, [1.0, 1.0], [1, 1], 0.0) == [0, 0]
+
+
+def test_global_goes_over_a_hump_where_what_lies_behind_pays():
+    hump, plain = np.array([0.0, 3.0, 3.0, 3.0, 9.0]), np.array([0.0, 2.0, 4.0, 6.0, 8.0])
+    assert global_removals([hump, plain], [1.0, 1.0], [1, 1], 3 / 8) == [3, 0]
 
 
 def test_taylor_is_the_squared_change_of_the_outputs():
@@ -111,9 +121,20 @@ def test_taylor_is_the_squared_change_of_the_outputs():
     (group,) = free(model, batches[0])
     hidden = torch.relu(model[0](torch.cat([x for (x,) in batches])))
     change = (hidden.square().sum(0) * model[2].weight.square().sum(0)).detach().numpy()
-    (found,) = taylor(model, [group], batches)
-    ratio = found / change
+    (effects,) = taylor(model, [group], batches)
+    ratio = np.square(effects).sum(0) / change
     assert ratio.std() / ratio.mean() < 3 * (2 / DRAWS) ** 0.5  # squared normal draws, of sizes that differ
+
+
+def test_effects_that_are_summed_before_the_square_are_the_change_without_all_of_them():
+    model, batches = two_layers(), rows()
+    (group,) = free(model, batches[0])
+    (effects,) = taylor(model, [group], batches)
+    with torch.no_grad():
+        hidden = torch.relu(model[0](torch.cat([x for (x,) in batches]))).split(BATCH)
+        moved = [(h[:, :16] @ model[2].weight[:, :16].T).square().sum() / model[2](h).square().mean() for h in hidden]
+    change = sum(moved).item()  # noise comes in units of each draw's outputs
+    assert np.square(effects[:, :16].sum(1)).sum() == pytest.approx(change, rel=3 * (2 / DRAWS) ** 0.5)
 
 
 def test_magnitude_is_the_norm_of_what_makes_a_unit():
@@ -188,12 +209,29 @@ def test_taylor_sees_through_weights_that_only_look_large_and_magnitude_does_not
     assert by_taylor[0] < 1.5 * by_norm[0]  # undisguised, norms do about as well: they cost no gradient
 
 
+RANKING = "featherweight.passes.prune_channels.together"
+
+
 def test_what_goes_matters_less_than_what_stays(monkeypatch: pytest.MonkeyPatch):
     workload = workload_of(*trained())
     least = harm(workload, pruned(workload, share=0.2)[0])
-    module = "featherweight.passes.prune_channels.taylor"
-    monkeypatch.setattr(module, lambda *args: [-scores for scores in taylor(*args)])
+    monkeypatch.setattr(RANKING, lambda effects: Ranking(together(effects).order[::-1], together(effects).harm))
     assert least < 0.3 * harm(workload, pruned(workload, share=0.2)[0])
+
+
+@pytest.mark.parametrize("allocation", ["global", "uniform"])
+def test_units_chosen_together_harm_less_than_units_chosen_one_by_one(allocation: str, monkeypatch: pytest.MonkeyPatch):
+    """Channels after a ReLU all push the same way, so that those which hardly matter alone can matter together."""
+    workload, (x, _) = gratings.workload(), gratings.gratings(400, seed=9)
+    before = result(workload.model, (x,))
+
+    def change() -> float:
+        after = result(pruned(workload, share=0.3, multiple=1, allocation=allocation)[0], (x,))
+        return float((after - before).square().mean() / before.var())
+
+    joint = change()
+    monkeypatch.setattr(RANKING, lambda effects: apart(np.square(effects).sum(0)))
+    assert joint < 0.7 * change()
 
 
 def test_one_competition_harms_less_than_a_quota_for_each_layer():
@@ -316,7 +354,9 @@ def test_what_has_no_batch_norm_is_left_by_its_importance():
     model, coverage = pruned(workload_of(nn.Sequential(*layers), rows()), share=0.5, importance="batchnorm")
     assert (model[0].out_features, model[3].out_features) == (8, 32)
     assert ("3", "has no batch norm, which importance batchnorm reads: taylor and magnitude need none") in coverage.left
-    with pytest.raises(LayerError, match=r"0 has no batch norm, .*: taylor and magnitude need none; 2 is .*\. Leave this"):
+    with pytest.raises(
+        LayerError, match=r"0 has no batch norm, .*: taylor and magnitude need none; 2 is .*\. Leave this"
+    ):
         pruned(workload_of(two_layers(), rows()), importance="batchnorm")
 
 
