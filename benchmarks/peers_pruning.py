@@ -12,7 +12,8 @@ Each contender is asked for the strength that leaves it nearest to the wanted sh
 multiples of 8. All are then taught by the original for the same steps. Scores are those of the exported OpenVINO
 artifact on the search split, before teaching and after, with the upper bound of the paired drop; the ratio is eager
 fp32 over that artifact, timed in turn. Layers are convolutions, linear layers and embeddings whose weight shrank.
-Seconds are those of one pruning, importance included. Rows that are in the JSON file already are not run again.
+Seconds are those of one pruning, importance included, save the gradients of torch-pruning, which are taken once. Rows
+that are in the JSON file already are not run again.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ def torch_pruning(
             parameter.grad = gradient.clone()
     heads = {
         projection: attention.num_attention_heads
-        for _, attention in attentions(model)
+        for attention in attentions(model)
         for projection in (attention.query, attention.key, attention.value)
     }
     stream = [] if hidden else [m for n, m in model.named_modules() if n.endswith(("output.dense", "embeddings"))]
@@ -143,9 +144,9 @@ def torch_pruning(
     return model.eval()
 
 
-def attentions(model: nn.Module) -> list[tuple[str, Any]]:
+def attentions(model: nn.Module) -> list[Any]:
     """The modules that project to queries, keys and values."""
-    return [(name, m) for name, m in model.named_modules() if type(m).__name__ == "BertSelfAttention"]
+    return [m for m in model.modules() if type(m).__name__ == "BertSelfAttention"]
 
 
 def classifier(model: nn.Module) -> nn.Module:
