@@ -4,7 +4,8 @@
         [--folder out/techniques] [--markdown docs/techniques.md] [--untimed]
 
 Each row is one recipe of the pass alone; passes that teach follow a pruning that they are to repair, which stands in a
-row of its own. Batch norms are folded first where weights are rounded. A recipe is run once, exported to every target,
+row of its own, and passes that prepare for another are followed by it. Batch norms are folded first where weights are
+rounded. A recipe is run once, exported to every target,
 scored as the artifact of the first target that can hold it, and timed on all of them, in turn with the eager original;
 the ratio is eager fp32 over the artifact. A pass that is not in STRENGTHS runs with its defaults, so a new one needs
 nothing here. Rows end up in a JSON file one by one, and what is there already is not run again.
@@ -61,15 +62,17 @@ STRENGTHS: dict[str, list[dict[str, Any]]] = {
     "quantize_gptq": [{"bits": 4, "block": 64}, {"bits": 3, "block": 64}],
     "quantize_hqq": BITS,
     "quantize_awq": BITS,
+    "quantize_autoround": [{"bits": 4, "block": 64}, {"bits": 3, "block": 64}],
     "quantize_fixed": [{"bits": 8}, {"bits": 6}],
     "cluster_kmeans": BITS,
     "compand_weights": [{"bits": 8}, {"bits": 4}],
     "scale_weights": [{"narrow": "float16"}, {"narrow": "float8"}],
 }
 STEPS = {"image": (60, 240), "text": (25, 100), "speech": (10, 40)}  # of passes that teach
+FOLLOWED = {"equalize_layers": "quantize_fixed", "smooth_activations": "quantize_static"}  # of use for others alone
 REPAIRED = {"share": 0.2, "importance": "taylor"}  # of prune_channels
 TEACHING = ("distill_",)
-FIRST_FOLDED = ("quantize_", "cluster_", "compand_", "scale_", "prune_", "factorize_")
+FIRST_FOLDED = ("quantize_", "cluster_", "compand_", "scale_", "prune_", "factorize_", *FOLLOWED)
 
 
 INTRODUCTION = """# Techniques, each alone
@@ -116,8 +119,10 @@ def recipes(workload: Workload, name: str, wanted: list[str]) -> Iterator[tuple[
                 yield f"prune_channels share 0.2 + {kind} steps {steps}", (before, build(kind, settings, kind))
             continue
         first = fold if kind.startswith(FIRST_FOLDED) and kind != "prune_channels" else ()
+        after = [FOLLOWED[kind]] if kind in FOLLOWED else []
         for settings in STRENGTHS.get(kind, [{}]):
-            yield said(kind, settings), (*first, build(kind, settings, kind))
+            steps = (*first, build(kind, settings, kind), *(build(name, {}, name) for name in after))
+            yield " + ".join([said(kind, settings), *after]), steps
 
 
 def said(kind: str, settings: Mapping[str, Any]) -> str:
