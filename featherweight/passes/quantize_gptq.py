@@ -58,11 +58,11 @@ def feedback(hessian: Float[Tensor, "groups in in"], damping: float) -> Float[Te
     tensor([[[1., 1.],
              [0., 1.]]], dtype=torch.float64)
     """
-    mean = hessian.double().diagonal(dim1=1, dim2=2).mean(1)
-    added = torch.where(mean > 0, damping * mean, torch.ones_like(mean))
-    damped = hessian.double() + added.view(-1, 1, 1) * torch.eye(hessian.shape[1], dtype=torch.float64)
+    mean = hessian.diagonal(dim1=1, dim2=2).double().mean(1, keepdim=True)
+    damped = hessian.to(torch.float64, copy=True)
+    damped.diagonal(dim1=1, dim2=2).add_(torch.where(mean > 0, damping * mean, 1.0))
     root = torch.linalg.cholesky(damped.flip(1, 2)).flip(1, 2)  # from the last to the first: root · rootᵀ, root upper
-    return root / root.diagonal(dim1=1, dim2=2).unsqueeze(1)
+    return root.div_(root.diagonal(dim1=1, dim2=2).unsqueeze(1).clone())
 
 
 def falling(hessian: Float[Tensor, "groups in in"]) -> Int64[Tensor, "groups in"]:
