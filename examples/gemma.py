@@ -68,7 +68,7 @@ class Gemma(nn.Module):
 
 def trained() -> Gemma:
     """The network in single precision, in eval mode."""
-    return Gemma(causal())
+    return Gemma(causal()).eval()
 
 
 def causal() -> Gemma3ForCausalLM:

@@ -37,7 +37,7 @@ def workload() -> Workload:
     train = windows("train", 32, words)
     return Workload(
         model=trained(),
-        example=(train[:1, :16],),
+        example=(train[:1],),
         calibration=[(window,) for window in train.split(1)],
         score=Likelihood(windows("search", 40, words)),
         test_score=Likelihood(windows("test", 40, words)),
