@@ -135,7 +135,7 @@ def test_a_narrower_network_learns_from_a_wider_one(kind, precision):
     """Widths differ inside and at the places that are compared."""
     data = networks()["residual"]
     distillation = DistillFeatures(epochs=10, kind=kind, precision=precision)
-    model, coverage = taught(data, PruneChannels(share=0.5), distillation)
+    model, coverage = taught(data, PruneChannels(share=0.5, allocation="uniform"), distillation)
     assert model.stem[0].out_channels < 16 and model.shortcut[0].out_channels < 32
     assert coverage.done[-1][1].startswith(f"distilled 40 steps (kl, {kind} of stem, shortcut), loss ")
     first, last = (float(value) for value in coverage.done[-1][1].rpartition("loss ")[2].split(" → "))

@@ -60,7 +60,7 @@ def test_the_loss_asks_for_the_first_choice_and_nothing_else():
 def test_it_recovers_the_choices_of_a_pruned_network_without_labels():
     data = data_of(0)
     pruned, _ = compress_model(Recipe((PruneChannels(share=0.3),), "torch"), data)
-    assert agreement(pruned, data.model) < 0.6 < 0.85 < agreement(taught(DistillHard(epochs=2), data), data.model)
+    assert agreement(pruned, data.model) < 0.7 < 0.85 < agreement(taught(DistillHard(epochs=2), data), data.model)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
