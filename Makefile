@@ -55,6 +55,8 @@ $(BIN)/python:
 	$(PIP) -e '.[all,dev]'
 	@touch $@
 
+# pytorchcv asks for torchvision, which the networks of benchmarks/zoo.py do not need and which would change torch.
 .venv/.stamp-bench: .venv/.stamp-demo
 	$(PIP) -e '.[all,bench]'
+	$(PIP) --no-deps pytorchcv
 	@touch $@

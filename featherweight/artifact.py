@@ -355,7 +355,7 @@ def _manifest(recipe: Recipe, workload: Workload, model: nn.Module, coverage: Co
 
     from featherweight.workload import call, input_names, outputs, tensors
 
-    with torch.inference_mode():
+    with torch.no_grad():
         found = outputs(call(model, workload.example))
     names = input_names(workload.start, workload.example)
     versions = versions_of(recipe.target)
@@ -417,8 +417,8 @@ def _write_vectors(folder: Path, manifest: dict[str, Any], workload: Workload, m
 
     rows = [value[:VECTOR_BATCH].contiguous() for value in tensors(workload.example)]
     inputs = [value.numpy() for value in rows]
-    found = targets.find(manifest["target"]).load(folder, threads=1)(inputs)
-    with torch.inference_mode():
+    found = _run(manifest["target"], folder, inputs)
+    with torch.no_grad():
         wanted = [value.numpy() for value in outputs(call(model, like(workload.example, rows)))]
     if [(value.shape, value.dtype) for value in found] != [(value.shape, value.dtype) for value in wanted]:
         raise ExportError(
@@ -435,6 +435,20 @@ def _write_vectors(folder: Path, manifest: dict[str, Any], workload: Workload, m
     stored = {f"input{index}": value for index, value in enumerate(inputs)}
     stored |= {f"output{index}": _thinned(value) for index, value in enumerate(found)}
     save_file({name: np.ascontiguousarray(value) for name, value in stored.items()}, folder / VECTORS)
+
+
+def _run(target: str, folder: Path, inputs: list[np.ndarray]) -> list[np.ndarray]:
+    """What `target` makes of `inputs` with the files that it has just written."""
+    runtime = targets.find(target)
+    try:
+        return runtime.load(folder, threads=1)(inputs)
+    except FeatherweightError:
+        raise
+    except Exception as error:
+        raise ExportError(
+            f"{target} cannot run what it was given: {' '.join(str(error).split())[:300]}. Choose another target, or "
+            "keep the steps off some layers with where until it can."
+        ) from error
 
 
 def _relative_error(found: np.ndarray, wanted: np.ndarray) -> float:

@@ -148,11 +148,15 @@ class Call:
 
     def layer(self, weight: str, makes: Nodes, reads: Nodes) -> None:
         """`weight` makes the channels `makes` of the result from the channels `reads`; nothing if it is computed."""
-        if self[weight] not in self.stored:
+        self.contracts(self[weight], makes, reads, prod(self.shape) / len(makes))
+
+    def contracts(self, weight: fx.Node, makes: Nodes, reads: Nodes, times: float) -> None:
+        """`weight` makes `makes` from `reads`, so many times in a batch; nothing if it is computed."""
+        if weight not in self.stored:
             return
         self.ties.makes.append(makes[makes >= 0])
         self.ties.reads.append(reads[reads >= 0])
-        macs = prod(self.shape) / self.batch / len(makes) * prod(sizes(self[weight].meta["val"]))
+        macs = times / self.batch * prod(sizes(weight.meta["val"]))
         for nodes in (makes, reads):
             np.add.at(self.ties.macs, nodes[nodes >= 0], macs / len(nodes))
 
@@ -393,6 +397,33 @@ def _attention(call: Call) -> Labels:
     batches = call.broadcast((q[:-2], k[:-2], v[:-2], mask[:-2]), call.shape[:-2])
     call.side_by_side(batches, prod(call.shape[:-1]) * len(k[-2]) * (len(q[-1]) + len(v[-1])))
     return (*batches, q[-2], v[-1])
+
+
+@rule("lstm", "gru", "rnn_tanh", "rnn_relu")
+def _recurrent(call: Call) -> Any:
+    """A hidden unit has a row for each gate, reads itself, and is of the same number in all layers and directions."""
+    directions, layers, biases = 2 if call["bidirectional"] else 1, call["num_layers"], call["has_biases"]
+    each = 4 if biases else 2
+    if "input" not in call.arguments or len(call["params"]) != each * layers * directions:
+        return _unknown(call)  # packed sequences, projections
+    params = [call.known[node] for node in call["params"]]
+    x, unit = call.labels("input"), params[1][1]
+    for place in range(0, len(params), each):
+        rows_in, rows_hidden = params[place], params[place + 1]
+        below = x[-1] if place < each * directions else np.tile(unit, directions)
+        call.unite(below, rows_in[1])
+        call.unite(unit, rows_hidden[1])
+        for labels in (rows_in[0], rows_hidden[0], *(bias for (bias,) in params[place + 2 : place + each])):
+            call.unite(np.tile(unit, len(labels) // len(unit)), labels)
+        for weight, (makes, reads) in zip(call["params"][place:], (rows_in, rows_hidden), strict=False):
+            call.contracts(weight, makes, reads, prod(call.shape[:-1]))
+    states = call["hx"] if isinstance(call["hx"], list) else [call["hx"]]
+    for state in states:
+        if (call.known[state][-1] >= 0).any():  # else zeros, as wide as the layer says
+            call.unite(unit, call.known[state][-1])
+    call.freeze(x[:-1])
+    last = (*map(fixed, sizes(call.node.meta["val"][1])[:-1]), unit)
+    return [(*map(fixed, call.shape[:-1]), np.tile(unit, directions)), *[last] * len(states)]
 
 
 @rule("embedding")

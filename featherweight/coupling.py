@@ -246,6 +246,8 @@ def cut(model: nn.Module, cuts: Cuts) -> None:
             path, _, tensor = name.rpartition(".")
             touched[path] = model.get_submodule(path)
             setattr(touched[path], tensor, new)
+            above = path.rpartition(".")[0]  # the recurrent layer, where a weight of one is a layer of its own
+            touched[above] = model.get_submodule(above)
     for layer in dict.fromkeys(touched.values()):
         _put_sizes_right(layer)
 
@@ -308,6 +310,9 @@ def _put_sizes_right(layer: nn.Module) -> None:
         layer.out_channels, layer.in_channels = layer.weight.shape[0], layer.weight.shape[1] * layer.groups
     elif isinstance(layer, nn.Linear):
         layer.out_features, layer.in_features = layer.weight.shape
+    elif isinstance(layer, nn.RNNBase):
+        first, hidden = (getattr(layer, name) for name in ("weight_ih_l0", "weight_hh_l0"))
+        layer.input_size, layer.hidden_size = first.shape[1], hidden.shape[1]
     elif isinstance(layer, nn.Embedding):
         layer.num_embeddings, layer.embedding_dim = layer.weight.shape
     elif isinstance(layer, nn.modules.batchnorm._NormBase):

@@ -473,7 +473,7 @@ def _outputs_on_calibration(workload: Workload) -> list[tuple[Tensor, ...]]:
     found: list[tuple[Tensor, ...]] = []
     kept = 0
     for batch in workload.calibration[:FIDELITY_BATCHES]:
-        with torch.inference_mode():
+        with torch.no_grad():
             values = outputs(call(workload.model, batch))
         kept += sum(value.numel() for value in values)
         if found and kept > FIDELITY_VALUES:

@@ -38,6 +38,7 @@ def to_onnx(model: nn.Module, workload: Workload) -> onnx_ir.Model:
         ExportError: the network cannot be traced, or an operator has no ONNX form.
     """
     program = trace(model, workload.example)
+    _copy_what_is_turned(program.graph)
     with _quiet():
         try:
             exported = torch.onnx.export(
@@ -61,6 +62,26 @@ def to_onnx(model: nn.Module, workload: Workload) -> onnx_ir.Model:
     _simplify(graph_model, kept={value.name for _, value in _coded(graph_model, model)})
     _forget_origin(graph_model)
     return graph_model
+
+
+def _copy_what_is_turned(graph: torch.fx.Graph) -> None:
+    """Copies between turning a tensor and viewing it, which become nothing in ONNX.
+
+    The exporter takes operators such as attention apart, and their parts may lay a tensor out so that a view which was
+    possible, without a copy, no longer is.
+    """
+    library = torch.ops.aten
+    turning = (library.transpose.int, library.permute.default)
+    viewing = (library.view.default, library.reshape.default, library.contiguous.default)
+    for node in list(graph.nodes):
+        turned = node.args[0] if node.target in viewing else None
+        if isinstance(turned, torch.fx.Node) and turned.target in turning:
+            with graph.inserting_before(node):
+                copied = graph.call_function(
+                    library.clone.default, (turned,), {"memory_format": torch.contiguous_format}
+                )
+            copied.meta["val"] = turned.meta["val"].clone(memory_format=torch.contiguous_format)
+            node.replace_input_with(turned, copied)
 
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:

@@ -28,7 +28,7 @@ from featherweight import passes, targets
 from featherweight.errors import FeatherweightError, LayerError, RecipeError, WorkloadError
 from featherweight.passes import Pass
 from featherweight.settings import settings_of
-from featherweight.surgery import Coverage, recording
+from featherweight.surgery import Coverage, open_recurrent, recording, use_linear
 from featherweight.workload import Workload, call, check_student, outputs
 
 LONGEST_TEXT = 1 << 20  # characters of YAML
@@ -121,6 +121,8 @@ def compress_model(
             "copy.deepcopy cannot handle (locks, files, generators) out of the module."
         ) from error
     before = _example_outputs(model, workload)
+    use_linear(model)
+    open_recurrent(model)
     with seeded(seed), recording() as coverage:
         for number, step in enumerate(recipe.steps, start=1):
             label = f"Step {number} ({step.name()})"
@@ -170,7 +172,7 @@ def _applied(step: Pass, model: nn.Module, workload: Workload, coverage: Coverag
 
 def _example_outputs(model: nn.Module, workload: Workload, label: str = "") -> tuple[Tensor, ...]:
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             return outputs(call(model, workload.example))
     except Exception as error:
         if not label:

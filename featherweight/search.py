@@ -289,7 +289,7 @@ def _epochs(workload: Workload) -> float:
     if first is None or not length:
         return 1.0  # distill_soft explains what is wrong with that
     batch = workload.calibration[0]
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         call(workload.start, batch)
     forward = counter.get_total_flops() / tensors(batch)[0].shape[0] * _batch_size(first)
     steps = TRAINING_FLOP / max(4 * forward, 1.0)  # forward, backward twice that, and the teacher's forward

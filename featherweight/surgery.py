@@ -185,6 +185,48 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
         model.set_submodule(other, module)
 
 
+class RecurrentWeight(nn.Module):
+    """One weight of a recurrent layer, as a layer of its own, which is only read."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+
+def open_recurrent(model: nn.Module) -> None:
+    """Makes each weight of recurrent layers a layer of its own: `lstm.ih_l0` holds what `lstm.weight_ih_l0` reads."""
+    kinds = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
+    for layer in list(model.modules()):
+        kind: Any = type(layer)
+        if kind in kinds:
+            weights = {name: p for name, p in layer.named_parameters(recurse=False) if p.dim() > 1}
+            for name, weight in weights.items():
+                delattr(layer, name)
+                layer.add_module(_opened(name), RecurrentWeight(weight).train(layer.training))
+            layer.__class__ = type(kind.__name__, (kind,), {name: _reading(_opened(name)) for name in weights})
+
+
+def _opened(weight: str) -> str:
+    return weight.removeprefix("weight_")
+
+
+def _reading(child: str) -> property:
+    return property(lambda layer: layer.get_submodule(child).weight)
+
+
+def use_linear(model: nn.Module) -> None:
+    """Puts `nn.Linear` in the place of transformers' `Conv1D`, a linear layer whose weight lies the other way round."""
+    for name, layer in list(model.named_modules()):
+        kind: Any = type(layer)
+        if f"{kind.__module__}.{kind.__name__}" != "transformers.pytorch_utils.Conv1D" or not name:
+            continue
+        linear = nn.utils.skip_init(nn.Linear, layer.nx, layer.nf).train(layer.training)
+        weight = layer.weight
+        linear.weight = nn.Parameter(weight.detach().T.contiguous(), weight.requires_grad)
+        linear.bias = layer.bias
+        replace(model, name, linear)
+
+
 def replaceable(
     model: nn.Module, layers: Mapping[str, nn.Module], kinds: tuple[type[nn.Module], ...], example: Batch
 ) -> dict[str, nn.Module]:

@@ -120,7 +120,7 @@ def predictor(model: nn.Module) -> Predict:
     """`model` as `score` receives it: no gradients, outputs as a tensor or a tuple."""
 
     def predict(*args: Tensor, **named: Tensor) -> Tensor | tuple[Tensor, ...]:
-        with torch.inference_mode():
+        with torch.no_grad():
             found = outputs(model(*args, **named))
         return found[0] if len(found) == 1 else found
 
@@ -277,7 +277,7 @@ def _takes_anything(model: nn.Module) -> bool:
 
 def _described(model: nn.Module, batch: Batch) -> list[str]:
     """Shapes and types of the outputs."""
-    with torch.inference_mode():
+    with torch.no_grad():
         found = outputs(call(model, batch))
     return [f"{tuple(value.shape)} of {str(value.dtype).removeprefix('torch.')}" for value in found]
 
@@ -332,7 +332,7 @@ def _check_like(batch: Batch, example: Batch, what: str) -> None:
 def _check_forward(workload: Workload) -> None:
     batch = workload.calibration[0]
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             found = outputs(call(workload.model, batch))
     except WorkloadError:
         raise

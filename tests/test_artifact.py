@@ -249,6 +249,15 @@ def test_refuses_a_target_whose_outputs_have_another_form(
         build(RECIPE, workload, tmp_path / "best")
 
 
+def test_refuses_what_a_target_cannot_run(workload: Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(self: Target, folder: Path, threads: int) -> Runner:
+        raise RuntimeError("no kernel for this")
+
+    monkeypatch.setattr(Standin, "load", load)
+    with pytest.raises(ExportError, match=r"standin cannot run what it was given: no kernel for this\. Choose another"):
+        build(RECIPE, workload, tmp_path / "best")
+
+
 def test_refuses_types_that_cannot_be_passed_on(tmp_path: Path) -> None:
     example = (torch.zeros(2, 3, dtype=torch.complex64), torch.zeros(2, 3))
     complex_workload = Workload(Both().eval(), example, [example], score=lambda predict: 1.0)

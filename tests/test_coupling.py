@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from featherweight.coupling import Group, cut, groups, tensor_of, trial
 from featherweight.encodings import Affine, affine_scale
 from featherweight.errors import LayerError, RecipeError
-from featherweight.surgery import encode
+from featherweight.surgery import encode, open_recurrent
 from featherweight.workload import Batch, call, outputs
 
 # ------------------------------------------------------------------------------------------------ networks
@@ -259,6 +259,21 @@ IDS = torch.arange(18).view(3, 6)
 TOKENS = (IDS,)
 SENTENCES = {"input_ids": IDS, "attention_mask": (IDS % 6 < 4).long()}
 SPEECH = {"input_features": torch.randn(3, 8, 20), "decoder_input_ids": IDS}
+
+
+def recurrent(layer: nn.RNNBase) -> nn.Module:
+    def body(net, x):
+        return net.last(net.rnn(torch.relu(net.first(x)))[0][:, -1])
+
+    width = layer.hidden_size * (2 if layer.bidirectional else 1)
+    return Net(body, first=nn.Linear(16, 8), rnn=layer, last=nn.Linear(width, 5))
+
+
+def opened(net: nn.Module) -> nn.Module:
+    open_recurrent(net)
+    return net
+
+
 ROWS, SEQUENCES = (torch.randn(3, 16),), (torch.randn(3, 5, 16),)
 
 # name: (network, example, the groups that can be cut: layers, units, kind)
@@ -307,6 +322,21 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Batch, set[tuple[str, int, str]]
     "language model": (language_model, TOKENS, {("qkv", 4, "heads"), ("up", 64, "features")}),
     "grouped queries": (grouped_queries, SEQUENCES, {("q + k + v", 2, "heads")}),
     "raw parameters": (raw_parameters, ROWS, {("w", 24, "features"), ("u", 32, "features")}),
+    "LSTM": (
+        lambda: recurrent(nn.LSTM(8, 6, num_layers=2, bidirectional=True, batch_first=True)),
+        SEQUENCES,
+        {("first", 8, "features"), ("rnn", 6, "features")},
+    ),
+    "GRU without biases": (
+        lambda: recurrent(nn.GRU(8, 6, bias=False, batch_first=True)),
+        SEQUENCES,
+        {("first", 8, "features"), ("rnn", 6, "features")},
+    ),
+    "RNN whose weights are layers": (
+        lambda: opened(recurrent(nn.RNN(8, 6, num_layers=2, batch_first=True))),
+        SEQUENCES,
+        {("first", 8, "features"), ("rnn.ih_l0 + hh_l0 + ih_l1 + 1 more", 6, "features")},
+    ),
     **{
         f"BERT, {attention}": (
             lambda attention=attention: bert(attention),
@@ -405,6 +435,8 @@ def check_sizes(layer: nn.Module) -> None:
         assert layer.weight.shape == layer.running_var.shape == (layer.num_features,)
     elif isinstance(layer, nn.PReLU):
         assert layer.weight.shape == (layer.num_parameters,)
+    elif isinstance(layer, nn.RNNBase):
+        assert layer.weight_ih_l0.shape[1] == layer.input_size and layer.weight_hh_l0.shape[1] == layer.hidden_size
 
 
 def test_a_residual_cut_by_hand():
@@ -510,11 +542,23 @@ def test_the_reason_names_the_layer_that_is_in_the_way():
     assert reasons(net, ROWS)["0"] == "feeds layer_norm in '1', whose result depends on how many there are"
 
 
-def test_recurrent_layers_are_left():
-    net = Net(lambda net, x: net.last(net.lstm(net.first(x))[0]), first=nn.Linear(16, 8), last=nn.Linear(6, 4))
-    net.lstm = nn.LSTM(8, 6, batch_first=True)
+def test_recurrent_layers_with_projections_are_left():
+    net = Net(lambda net, x: net.last(net.lstm(net.first(x))[0]), first=nn.Linear(16, 8), last=nn.Linear(3, 4))
+    net.lstm = nn.LSTM(8, 6, proj_size=3, batch_first=True)
     found = reasons(net, SEQUENCES)
     assert found["first"] == found["lstm"] == "goes through lstm in 'lstm', an operator that is not known here"
+
+
+def test_states_that_layers_make_go_with_the_units_they_start():
+    def body(net, x):
+        start = torch.tanh(net.start(x.mean(1)))
+        return net.last(net.rnn(x, start[None])[0][:, -1])
+
+    net = Net(body, start=nn.Linear(16, 6), rnn=nn.GRU(16, 6, batch_first=True), last=nn.Linear(6, 4)).eval()
+    (group,) = free(groups(net, SEQUENCES))
+    assert set(group.layers) == {"start", "rnn"}
+    small = trial(net, SEQUENCES, [(group, [1, 4])])
+    assert small.start.out_features == small.rnn.hidden_size == 4
 
 
 def test_attention_that_fixes_its_heads_is_left():

@@ -602,3 +602,55 @@ def test_what_cannot_be_traced_says_why():
             ExportError, match=f"{type(net).__name__} cannot be traced with a free batch size.*torch.where"
         ):
             surgery.trace(net, (torch.randn(2, 4),))
+
+
+# ------------------------------------------------------------------------------------------------ other layers
+
+
+class Voice(nn.Module):
+    """(n, 5, 8) to (n, 3): an LSTM and a GRU in both directions, then cells, then a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(8, 6, num_layers=2, batch_first=True)
+        self.gru = nn.GRU(6, 4, bidirectional=True, batch_first=True)
+        self.cell, self.last = nn.LSTMCell(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.gru(self.lstm(x)[0])[0]
+        state = None
+        for step in x.unbind(1):
+            state = self.cell(step, state)
+        return self.last(state[0])
+
+
+def test_weights_of_recurrent_layers_become_layers_and_nothing_else_changes():
+    model, x = Voice().eval(), torch.randn(3, 5, 8)
+    opened = copy.deepcopy(model)
+    surgery.open_recurrent(opened)
+    torch.testing.assert_close(opened(x), model(x), rtol=0, atol=0)
+    assert list(surgery.select(opened, "lstm.*, cell.*", (surgery.RecurrentWeight,))) == [
+        *("lstm.ih_l0", "lstm.hh_l0", "lstm.ih_l1", "lstm.hh_l1", "cell.ih", "cell.hh")
+    ]
+    assert sum(p.numel() for p in opened.parameters()) == sum(p.numel() for p in model.parameters())
+    assert isinstance(opened.lstm, nn.LSTM) and surgery.kind_of(opened.lstm).__name__ == "LSTM"
+    for layer in surgery.select(opened, "*", (surgery.RecurrentWeight,)).values():
+        weight = layer.weight.detach()
+        surgery.encode(layer, Affine(weight, affine_scale(weight, 8, 0), bits=8, axis=0))
+    copied = copy.deepcopy(opened)
+    torch.testing.assert_close(copied(x), model(x), rtol=0.05, atol=0.05)
+    assert not torch.equal(copied(x), model(x))
+    with surgery.thawed(copied):
+        copied(x).sum().backward()
+        assert all(p.grad is not None for p in copied.parameters() if p.requires_grad)
+
+
+def test_linear_layers_that_lie_the_other_way_round_become_linear_layers():
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    model = nn.Sequential(conv1d(6, 8), nn.GELU(), conv1d(3, 6)).eval()
+    x = torch.randn(2, 5, 8)
+    wanted = model(x)
+    surgery.use_linear(model)
+    assert [type(layer) for layer in model] == [nn.Linear, nn.GELU, nn.Linear]
+    assert model[0].weight.shape == (6, 8) and not model[0].training
+    torch.testing.assert_close(model(x), wanted)

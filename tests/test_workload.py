@@ -334,3 +334,21 @@ def test_load_names_what_a_file_raises(file: Path) -> None:
     assert "could not be imported: SyntaxError" in load_refusal(str(file))
     file.write_text("x = 1")
     assert "It defines: no functions." in load_refusal(str(file))
+
+
+def test_checking_leaves_nothing_in_caches_that_could_not_be_trained() -> None:
+    class Caching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.places = nn.Parameter(torch.ones(4)), {}
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if x.shape[1] not in self.places:
+                self.places[x.shape[1]] = torch.arange(x.shape[1]).float()
+            return x + self.scale * self.places[x.shape[1]]
+
+    model, batch = Caching().eval(), (torch.randn(2, 4),)
+    check(Workload(model, batch, [batch], lambda predict: 0.0))
+    predictor(model)(*batch)
+    model(*batch).sum().backward()
+    assert model.scale.grad is not None

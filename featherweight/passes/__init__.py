@@ -27,7 +27,8 @@ class Pass(ABC):
     """One technique with its settings.
 
     Args:
-        where: which layers: names with `*`, separated by commas; those that begin with `!` are left out.
+        where: which layers: names with `*`, separated by commas; those that begin with `!` are left out. Weights of
+            recurrent layers are layers of their own: `lstm.ih_l0` is what `lstm` has as `weight_ih_l0`.
     """
 
     where: str = "*"

@@ -8,9 +8,19 @@ from torch import Tensor, nn
 
 from featherweight.encodings import Affine
 from featherweight.passes import Pass
-from featherweight.surgery import dense_of, done, encode, groups_by_weight, leave_others, left, refuse_quantized, select
+from featherweight.surgery import (
+    RecurrentWeight,
+    dense_of,
+    done,
+    encode,
+    groups_by_weight,
+    leave_others,
+    left,
+    refuse_quantized,
+    select,
+)
 
-KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Embedding)
+KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Embedding, RecurrentWeight)
 
 
 def round_weights(step: Pass, model: nn.Module, encoding_of: Callable[[Tensor], Affine]) -> nn.Module:

@@ -31,6 +31,7 @@ from featherweight.encodings import Codebook, Masked
 from featherweight.passes import Pass
 from featherweight.settings import Choice, Range
 from featherweight.surgery import (
+    RecurrentWeight,
     dense_of,
     encode_smaller,
     encoding_of,
@@ -46,6 +47,7 @@ WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 SAMPLE = 64  # values of a row for each that the start draws from among them: more change it little and take long
 ROUNDS = 100  # of Lloyd's iterations at most; what 256 values gain after that is below a percent
 QUIETEST = 1e-3  # share of the mean input energy that every input counts with, silent ones too
+BLOCK = 1024  # weights that are many enough for values of their own
 HALF_LOSES = 1e-3  # share of the largest value that half precision may move another by
 
 
@@ -140,28 +142,28 @@ def importance(energy: Float[Tensor, " channels"], shape: tuple[int, ...], group
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterKmeans(Pass):
-    """Stores the weights of convolutions, linear layers and embeddings as numbers of shared values.
+    """Stores the weights of convolutions, linear and recurrent layers and embeddings as numbers of shared values.
 
     Args:
         bits: of each number; a layer has 2^bits different weights at most.
         scope: what shares its values: all weights of a layer ("tensor"), those of so many output channels in a row
             ("channel"), or so many weights of a channel in a row ("block").
-        size: how many. Where it does not divide the channels, or the weights of one, the largest smaller size that does
-            is taken.
+        size: how many; 0 for one channel, or for a block of 1024. Where it does not divide the channels, or the weights
+            of one, the largest smaller size that does is taken.
         weighted: whether weights count by the energy of the input that they read, as seen on the calibration data;
-            those of embeddings, which read none, count alike.
+            those of embeddings, which read none, and of recurrent layers count alike.
         table: the format of the values; of int8, each table has its own scale. Where half precision is too narrow for
             them, they stay in single.
     """
 
     bits: Annotated[int, Range(1, 8)] = 4
     scope: Annotated[str, Choice("tensor", "channel", "block")] = "tensor"
-    size: Annotated[int, Range(1, 65536)] = 1
+    size: Annotated[int, Range(0, 65536)] = 0
     weighted: bool = True
     table: Annotated[str, Choice("float32", "float16", "int8")] = "float32"
 
     def apply(self, model: nn.Module, workload: Workload) -> nn.Module:
-        layers = select(model, self.where, (*WEIGHTED, nn.Embedding))
+        layers = select(model, self.where, (*WEIGHTED, nn.Embedding, RecurrentWeight))
         refuse_quantized(layers, self.name())
         heard = {name: layer for name, layer in layers.items() if isinstance(layer, WEIGHTED)}
         energies = _energies(model, heard, workload) if self.weighted and heard else {}
@@ -192,8 +194,8 @@ class ClusterKmeans(Pass):
         if self.scope == "tensor":
             return 1
         if self.scope == "channel":
-            return weight.shape[0] // divisor(weight.shape[0], self.size)
-        return weight.numel() // divisor(weight[0].numel(), self.size)
+            return weight.shape[0] // divisor(weight.shape[0], self.size or 1)
+        return weight.numel() // divisor(weight[0].numel(), self.size or BLOCK)
 
 
 def divisor(count: int, most: int) -> int:

@@ -32,10 +32,18 @@ from torch import Tensor, nn
 from featherweight.encodings import Companded, magnitudes
 from featherweight.passes import Pass
 from featherweight.settings import Choice
-from featherweight.surgery import dense_of, encode_smaller, groups_by_weight, leave_others, refuse_quantized, select
+from featherweight.surgery import (
+    RecurrentWeight,
+    dense_of,
+    encode_smaller,
+    groups_by_weight,
+    leave_others,
+    refuse_quantized,
+    select,
+)
 from featherweight.workload import Workload
 
-KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Embedding)
+KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Embedding, RecurrentWeight)
 STRENGTHS = {"mu": (2.0, 5.0, 20.0, 100.0), "power": (1.5, 2.0, 3.0), "log": (4.0, 7.0, 12.0)}
 SIZES = (1.0, 0.9, 0.8, 0.7, 0.6)  # of the scale, as shares of the largest weight: beyond it weights are clipped
 
@@ -70,7 +78,7 @@ def best_scale(
 
 @dataclass(frozen=True, kw_only=True)
 class CompandWeights(Pass):
-    """Stores the weights of convolutions, linear layers and embeddings as 8- or 4-bit whole numbers on a curve.
+    """Stores the weights of convolutions, linear and recurrent layers and embeddings as 8 or 4 bits on a curve.
 
     Args:
         bits: of each weight.

@@ -20,15 +20,15 @@ from featherweight.errors import SettingError
 from featherweight.masks import NOTHING_GOES, Pattern, check_share, choose, largest_of_all
 from featherweight.passes import Pass
 from featherweight.settings import Choice, Range
-from featherweight.surgery import keep_only, leave_others, prunable, select
+from featherweight.surgery import RecurrentWeight, keep_only, leave_others, prunable, select
 from featherweight.workload import Workload
 
-KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, RecurrentWeight)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PruneMagnitude(Pass):
-    """Zeroes a share of the weights of convolutions and linear layers, the smallest first.
+    """Zeroes a share of the weights of convolutions, linear and recurrent layers, the smallest first.
 
     Args:
         share: of the weights that become zero. Weights that are zero already count. With pattern "blocks" of the whole

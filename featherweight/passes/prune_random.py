@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from featherweight.masks import NOTHING_GOES, Pattern, check_share, choose
 from featherweight.passes import Pass
 from featherweight.settings import Range
-from featherweight.surgery import keep_only, leave_others, prunable, select
+from featherweight.surgery import RecurrentWeight, keep_only, leave_others, prunable, select
 from featherweight.workload import Workload
 
-KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, RecurrentWeight)
 
 
 def lots(weight: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -38,7 +38,7 @@ def lots(weight: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 @dataclass(frozen=True, kw_only=True)
 class PruneRandom(Pass):
-    """Zeroes a share of the weights of convolutions and linear layers, at random.
+    """Zeroes a share of the weights of convolutions, linear and recurrent layers, at random.
 
     Args:
         share: of each layer's weights that becomes zero. Weights that are zero already count. With pattern "blocks" of

@@ -24,10 +24,19 @@ from torch import Tensor, nn
 from featherweight.encodings import Affine, grid
 from featherweight.passes import Pass
 from featherweight.settings import Choice, Range
-from featherweight.surgery import dense_of, done, encode, groups_by_weight, leave_others, refuse_quantized, select
+from featherweight.surgery import (
+    RecurrentWeight,
+    dense_of,
+    done,
+    encode,
+    groups_by_weight,
+    leave_others,
+    refuse_quantized,
+    select,
+)
 from featherweight.workload import Workload
 
-KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Embedding)
+KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Embedding, RecurrentWeight)
 CLIPPING = 6  # places beyond the largest without clipping that are tried for the least squared error
 FROM, TO = -60, 60  # places after the point, so that 2^f and its inverse are ordinary floats
 
@@ -78,7 +87,7 @@ def closest_fraction(weight: Float[Tensor, "*shape"], bits: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeFixed(Pass):
-    """Stores weights of convolutions, linear layers and embeddings as fixed-point numbers, one format for each tensor.
+    """Stores weights of convolutions, linear and recurrent layers and embeddings in fixed point, a format a tensor.
 
     Args:
         bits: of each weight. Up to 4 are stored two to a byte, from 5 on one.

@@ -86,7 +86,7 @@ def half_quadratic_scale(
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeHqq(Pass):
-    """Stores weights of convolutions, linear layers and embeddings in few bits, with scales that forgive outliers.
+    """Stores convolutions, linear and recurrent layers and embeddings in few bits, on scales that forgive outliers.
 
     Args:
         bits: of each weight. Up to 4 are stored two to a byte, from 5 on one.

@@ -26,7 +26,7 @@ from featherweight.workload import Workload
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeWeights(Pass):
-    """Stores the weights of convolutions, linear layers and embeddings as whole numbers of 2 to 8 bits.
+    """Stores the weights of convolutions, linear and recurrent layers and embeddings as whole numbers of 2 to 8 bits.
 
     Args:
         bits: of each weight.

@@ -27,10 +27,18 @@ from torch import Tensor, nn
 from featherweight.encodings import Scaled, largest_of
 from featherweight.passes import Pass
 from featherweight.settings import Choice
-from featherweight.surgery import dense_of, encode_smaller, groups_by_weight, leave_others, refuse_quantized, select
+from featherweight.surgery import (
+    RecurrentWeight,
+    dense_of,
+    encode_smaller,
+    groups_by_weight,
+    leave_others,
+    refuse_quantized,
+    select,
+)
 from featherweight.workload import Workload
 
-KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Embedding)
+KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Embedding, RecurrentWeight)
 
 
 def narrow_scale(largest: Float[Tensor, "*scales"], narrow: str) -> Float[Tensor, "*scales"]:
@@ -53,7 +61,7 @@ def narrow_scale(largest: Float[Tensor, "*scales"], narrow: str) -> Float[Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class ScaleWeights(Pass):
-    """Stores the weights of convolutions, linear layers and embeddings in a narrow format, with scales.
+    """Stores the weights of convolutions, linear and recurrent layers and embeddings in a narrow format, with scales.
 
     Args:
         narrow: the format. "float8" is E4M3: 4 bits of exponent, 3 of fraction.

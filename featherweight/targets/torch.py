@@ -72,6 +72,7 @@ class Torch(Target):
 
         program = trace(model, workload.example)
         _inline_blocks(program)
+        _return_tuple(program)
         program._example_inputs = None  # the archive would hold them pickled
         program._guards_code = []  # Python source, which a reader would have to run
         for node in program.graph.nodes:  # where the network was made is nobody's business
@@ -191,6 +192,14 @@ def _inline(graph: Any, call: Any, body: Any, arguments: list[Any]) -> dict[str,
         graph.erase_node(user)
     graph.erase_node(call)
     return names
+
+
+def _return_tuple(program: Any) -> None:
+    """The program returns its outputs as a tuple, so that whoever loads it needs no class of the network's library."""
+    from torch.utils import _pytree
+
+    count = len(program.graph_signature.user_outputs)
+    program.module_call_graph[0].signature.out_spec = _pytree.tree_structure((0,) * count)
 
 
 # -------------------------------------------------------------------------------- the archive is data

@@ -468,3 +468,10 @@ def test_weights_that_nothing_reads_say_what_to_do():
     model, batches = two_layers(), rows()
     with pytest.raises(WorkloadError, match=r"no layer's weights read the channels.*set importance: magnitude"):
         taylor(model, [], batches)
+
+
+def test_features_that_no_weight_reads_are_judged_by_those_that_make_them():
+    batches: list[Batch] = [(torch.randn(32, 6, 16),) for _ in range(4)]
+    model, coverage = pruned(workload_of(Products(), batches), share=0.5, allocation="uniform")
+    assert ("query", "16 -> 8 features") in coverage.done
+    assert model.query.weight.shape == model.key.weight.shape == (8, 16)

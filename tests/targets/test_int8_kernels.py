@@ -11,6 +11,7 @@ from torch import nn
 from featherweight import targets
 from featherweight.passes.quantize_static import QuantizeStatic
 from featherweight.passes.quantize_weights import QuantizeWeights
+from featherweight.testing import check_export
 from featherweight.workload import Workload
 
 HEAVY = {"Conv", "Convolution", "FusedConv", "Gemm", "MatMul", "FullyConnected", "aten::conv2d", "aten::linear"}
@@ -239,3 +240,43 @@ def test_torch_runs_every_convolution_in_int8(name, tmp_path):
     kernels = runtime.profile(tmp_path, [x.numpy()], threads=1)
     assert in_floats(kernels) == [] and any(kernel.precision == "int8" for kernel in kernels)
     assert off(runtime, tmp_path, model, x) < 1e-5
+
+
+class Waves(nn.Module):
+    """Narrow convolutions with wide kernels, in one and two dimensions, in groups and without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv1d(3, 16, 8, padding=4), nn.Conv1d(16, 32, 16, padding=8)
+        self.places = nn.Conv1d(32, 32, 8, padding=4, groups=2)
+        self.pictures, self.last = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 8, 8, padding=4)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.places(self.second(self.first(x))).unsqueeze(1)
+        return self.head(self.last(self.pictures(x)).mean((2, 3)))
+
+
+class Unbiased(nn.Module):
+    """A convolution without a bias, whose output is rounded for the next one and read as it is by an addition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.again = nn.Conv2d(3, 16, 2, stride=2, bias=False), nn.Conv2d(16, 16, 3, padding=1)
+        self.norm, self.head = nn.LayerNorm(16), nn.Linear(16, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.down(x)
+        y = self.norm(self.again(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.head((x + y).mean((2, 3)))
+
+
+@pytest.mark.parametrize("target", targets.installed())
+@pytest.mark.parametrize(("kind", "shape"), [(Waves, (3, 40)), (Unbiased, (3, 12, 12))])
+@pytest.mark.filterwarnings("ignore")  # of exporters; their own tests name them
+def test_what_int8_kernels_get_wrong_is_kept_from_them(target, kind, shape, tmp_path):
+    torch.manual_seed(0)
+    model, x = kind().eval(), torch.randn(2, *shape)
+    workload = Workload(model, (x,), [(torch.randn(16, *shape),)], lambda predict: 0.0)
+    model = QuantizeStatic(where="!head").apply(copy.deepcopy(model), workload)
+    check_export(targets.find(target), model, workload, tmp_path)

@@ -203,6 +203,29 @@ def test_what_is_written_can_be_read(name, tmp_path):
             torch.testing.assert_close(torch.from_numpy(one), other)
 
 
+class Answer(dict):
+    """What a network of some library returns."""
+
+
+def test_reading_needs_no_class_of_what_the_network_returns(tmp_path):
+    from torch.utils import _pytree
+
+    _pytree.register_pytree_node(
+        Answer,
+        lambda answer: (list(answer.values()), list(answer)),
+        lambda values, keys: Answer(zip(keys, values, strict=True)),
+        serialized_type_name="some.library.Answer",
+    )
+    model, x = Function(lambda x: Answer(twice=2 * x, sum=x.sum(1))).eval(), torch.randn(3, 8)
+    runtime = targets.find("torch")
+    runtime.export(model, Workload(model, (x,), [], lambda predict: 0.0), tmp_path)
+    with zipfile.ZipFile(tmp_path / "model.pt2") as archive:
+        assert not any(b"Answer" in archive.read(name) for name in archive.namelist())
+    twice, total = runtime.load(tmp_path, threads=1)([x.numpy()])
+    torch.testing.assert_close(torch.from_numpy(twice), 2 * x)
+    torch.testing.assert_close(torch.from_numpy(total), x.sum(1))
+
+
 def test_what_could_not_be_read_is_not_written(tmp_path):
     model = Function(under_autocast, nn.Linear(8, 8)).eval()
     workload = Workload(model, (torch.randn(3, 8),), [], lambda predict: 0.0)
