@@ -44,8 +44,9 @@ class OpenVINO(Target):
 
         ov = _openvino()
         graph = to_onnx(model, workload)
+        keep_in_floats(graph.graph)
         complete(graph, workload, _in_floats, every_output=False)
-        spare_wrong_kernels(graph.graph)
+        give_biases(graph.graph)
         proto = onnx_ir.to_proto(graph)
         try:
             network = _core().read_model(proto.SerializeToString())
@@ -74,23 +75,58 @@ class OpenVINO(Target):
         ]
 
 
-def spare_wrong_kernels(graph: Any) -> None:
-    """Changes what OpenVINO 2026.4 would compute wrongly in int8.
-
-    Convolutions that oneDNN gets wrong read their input unrounded, and so run in floats. One without a bias whose
-    output others read beside a rounding comes out scaled wrongly: it gets a bias that is next to nothing.
-    """
+def keep_in_floats(graph: Any) -> None:
+    """Convolutions that oneDNN computes wrongly in int8 read their input unrounded, and so run in floats."""
     from featherweight.int8 import miscomputed
 
     for node in graph:
-        if node.op_type != "Conv" or not all(map(is_decoded, node.inputs[:2])):
-            continue
-        if miscomputed(node.inputs[1].shape.numpy()):
+        if _in_int8(node) and miscomputed(node.inputs[1].shape.numpy()):
             node.replace_input_with(0, node.inputs[0].producer().inputs[0].producer().inputs[0])
-        elif len(node.inputs) == 2 and len(readers(node.outputs[0])) > 1:
-            channels = node.inputs[1].shape[0]
+
+
+def give_biases(graph: Any) -> None:
+    """Layers in int8 that have no bias, or zeros, get one that is next to nothing.
+
+    OpenVINO 2026.4 scales the output of such a layer wrongly where a rounding and another operator read it, or where a
+    mean is taken before it is rounded.
+    """
+    for node in list(graph):
+        result = node.outputs[0]
+        if _in_int8(node) and len(node.inputs) == 2 and len(readers(result)) > 1:
             node.resize_inputs(3)
-            node.replace_input_with(2, constant(graph, f"no_bias.{channels}", np.full(channels, NO_BIAS, np.float32)))
+            node.replace_input_with(2, _next_to_nothing(graph, node.inputs[1].shape[0]))
+        elif _in_int8(node, "MatMul") and not all(map(_adds_bias, readers(result))):
+            _add_behind(graph, node, _next_to_nothing(graph, result.shape[-1]))
+
+
+def _in_int8(node: Any, kind: str = "Conv") -> bool:
+    if node.op_type != kind:
+        return False
+    x, weight = node.inputs[:2]
+    turned = weight.producer() is not None and weight.producer().op_type == "Transpose"
+    return is_decoded(x) and is_decoded(weight.producer().inputs[0] if turned else weight)
+
+
+def _adds_bias(node: Any) -> bool:
+    """Whether a node adds a constant that is not zero, and so stays."""
+    constants = [value.const_value for value in node.inputs if value is not None and value.const_value is not None]
+    return node.op_type == "Add" and any(bool(value.numpy().any()) for value in constants)
+
+
+def _next_to_nothing(graph: Any, channels: int) -> Any:
+    return constant(graph, f"no_bias.{channels}", np.full(channels, NO_BIAS, np.float32))
+
+
+def _add_behind(graph: Any, node: Any, bias: Any) -> None:
+    """All readers of what `node` returns see `bias` added to it."""
+    import onnx_ir
+
+    uses = [(usage.node, usage.idx) for usage in node.outputs[0].uses()]
+    total = onnx_ir.node("Add", [node.outputs[0], bias])
+    total.outputs[0].dtype, total.outputs[0].shape = node.outputs[0].dtype, node.outputs[0].shape
+    graph.insert_after(node, total)
+    for reader, index in uses:
+        reader.replace_input_with(index, total.outputs[0])
 
 
 def _openvino() -> Any:

@@ -250,10 +250,11 @@ class Waves(nn.Module):
         self.first, self.second = nn.Conv1d(3, 16, 8, padding=4), nn.Conv1d(16, 32, 16, padding=8)
         self.places = nn.Conv1d(32, 32, 8, padding=4, groups=2)
         self.pictures, self.last = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 8, 8, padding=4)
-        self.head = nn.Linear(8, 5)
+        self.norm, self.head = nn.LayerNorm(32), nn.Linear(8, 5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.places(self.second(self.first(x))).unsqueeze(1)
+        x = self.norm(self.second(self.first(x)).transpose(1, 2)).transpose(1, 2)
+        x = self.places(x).unsqueeze(1)
         return self.head(self.last(self.pictures(x)).mean((2, 3)))
 
 
@@ -271,8 +272,21 @@ class Unbiased(nn.Module):
         return self.head((x + y).mean((2, 3)))
 
 
+class Averaged(nn.Module):
+    """Linear layers without a bias and with zeros, each followed by one that reads the mean of what it returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bare, self.zeros = nn.Linear(32, 16, bias=False), nn.Linear(32, 16)
+        nn.init.zeros_(self.zeros.bias)
+        self.last, self.head = nn.Linear(16, 16), nn.Linear(16, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.last(self.bare(x).mean(1)) + self.last(self.zeros(x).mean(1)))
+
+
 @pytest.mark.parametrize("target", targets.installed())
-@pytest.mark.parametrize(("kind", "shape"), [(Waves, (3, 40)), (Unbiased, (3, 12, 12))])
+@pytest.mark.parametrize(("kind", "shape"), [(Waves, (3, 40)), (Unbiased, (3, 12, 12)), (Averaged, (7, 32))])
 @pytest.mark.filterwarnings("ignore")  # of exporters; their own tests name them
 def test_what_int8_kernels_get_wrong_is_kept_from_them(target, kind, shape, tmp_path):
     torch.manual_seed(0)
