@@ -49,6 +49,7 @@ LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding)
 OURS = (
     {"importance": "taylor", "allocation": "global"},
     {"importance": "taylor", "allocation": "uniform"},
+    {"importance": "joint", "allocation": "global"},
     {"importance": "magnitude", "allocation": "global"},
     {"importance": "batchnorm", "allocation": "global"},
     {"importance": "random", "allocation": "global"},

@@ -10,8 +10,10 @@ network's own answers the gradient of its loss nearly vanishes. The noise ε sta
 outputs could move: the expectation of I_S is Σ_i ‖Δ_S f(x_i)‖², the squared change itself (Hutchinson 1990,
 doi:10.1080/03610919008812866, on the Gauss-Newton matrix of the squared error), whatever the outputs mean.
 
-Units that are read with one sign, as after a ReLU, harm together far more than the sum of what each does alone. So
-units of a group go one after another, each that which adds least to I_S: it may make up for what went before.
+By `taylor` each unit is judged alone. Units that are read with one sign, as after a ReLU, harm together far more than
+the sum of what each does alone: by `joint` the units of a group go one after another, each that which adds least to
+I_S, for it may make up for what went before. What is left is then far nearer to the original as it stands; after
+distillation it is no better, since training undoes what many units did alike (LOG.md).
 
 Without data there are the norm of the weights that make u, which a batch norm after them undoes; the scale |γ_u| that
 this one gives instead, in y_u = γ_u · (x_u − μ_u) / σ_u + β_u; and, as the control that the others must beat, a number
@@ -46,7 +48,7 @@ from featherweight.workload import Batch, Workload, call, like, outputs, tensors
 Scores = Float[np.ndarray, " _"]
 
 EXAMPLES = 128  # that importance is measured on
-BATCH = 1  # of them share a draw of noise: the more draws, the fewer units only seem to make up for one another
+ALONE, TOGETHER = 2, 1  # of them share a draw of noise: with few draws units only seem to make up for one another
 
 # ------------------------------------------------------------------------------------------------ mathematics
 
@@ -94,18 +96,27 @@ def apart(scores: Scores) -> Ranking:
     return Ranking(order, np.concatenate([[0.0], scores[order].cumsum()]))
 
 
+def alone(effects: Float[np.ndarray, "draws units"]) -> Ranking:
+    """Units by what each does, whatever the others do.
+
+    >>> alone(np.array([[1.0, 1.5, -2.0]]))
+    Ranking(order=array([0, 1, 2]), harm=array([0.  , 1.  , 3.25, 7.25]))
+    """
+    return apart(np.square(effects).sum(axis=0))
+
+
 def together(effects: Float[np.ndarray, "draws units"]) -> Ranking:
     """Units whose effects e add up before they are squared: each next one is that which adds least to I.
 
     >>> together(np.array([[1.0, 1.5, -2.0]]))
     Ranking(order=array([0, 2, 1]), harm=array([0.  , 1.  , 1.  , 0.25]))
     """
-    alone = np.square(effects).sum(axis=0)
-    gone = np.zeros(len(alone), dtype=bool)
+    single = np.square(effects).sum(axis=0)
+    gone = np.zeros(len(single), dtype=bool)
     moved = np.zeros(len(effects))
     order, harm = [], [0.0]
-    for _ in alone:
-        unit = int(np.where(gone, np.inf, alone + 2 * moved @ effects).argmin())
+    for _ in single:
+        unit = int(np.where(gone, np.inf, single + 2 * moved @ effects).argmin())
         gone[unit] = True
         moved += effects[:, unit]
         order.append(unit)
@@ -188,9 +199,10 @@ class PruneChannels(Pass):
     Args:
         share: of the arithmetic that hangs on removable units. Where units are made from units, as in convolutions
             in a row, about (1 - share)² of it is left, and 1 - share where they are not, as in transformers.
-        importance: "taylor" (what the outputs lose, from calibration data), "magnitude" (the norm of the weights
-            that make a unit), "batchnorm" (the scale of the batch norm on it, of several their mean; units without
-            one are left) or "random".
+        importance: "taylor" (what the outputs lose without a unit, from calibration data), "joint" (without all that
+            go: for networks that are not trained afterwards), "magnitude" (the norm of the weights that make a unit),
+            "batchnorm" (the scale of the batch norm on it, of several their mean; units without one are left) or
+            "random".
         allocation: "global" (the least important for their cost, anywhere; a group keeps `multiple` channels at
             least) or "uniform" (`share` of each group).
         multiple: of which the widths that stay are one; where it is more than half of a layer's width, half of it, a
@@ -198,7 +210,7 @@ class PruneChannels(Pass):
     """
 
     share: Annotated[float, Range(0.0, 0.9)] = 0.3
-    importance: Annotated[str, Choice("taylor", "magnitude", "batchnorm", "random")] = "taylor"
+    importance: Annotated[str, Choice("taylor", "joint", "magnitude", "batchnorm", "random")] = "taylor"
     allocation: Annotated[str, Choice("global", "uniform")] = "global"
     multiple: Annotated[int, Range(1, 64)] = 8
 
@@ -257,7 +269,9 @@ class PruneChannels(Pass):
 
     def _rankings(self, model: nn.Module, chosen: Sequence[Group], batches: Sequence[Batch]) -> dict[Group, Ranking]:
         if self.importance == "taylor":
-            ranked = map(together, taylor(model, chosen, batches))
+            ranked = map(alone, taylor(model, chosen, batches, ALONE))
+        elif self.importance == "joint":
+            ranked = map(together, taylor(model, chosen, batches, TOGETHER))
         else:
             ranked = map(apart, WITHOUT_DATA[self.importance](model, chosen))
         return dict(zip(chosen, ranked, strict=True))
@@ -351,8 +365,13 @@ def lots(model: nn.Module, chosen: Sequence[Group]) -> list[Scores]:
 WITHOUT_DATA = {"magnitude": magnitude, "batchnorm": batch_norm_scale, "random": lots}
 
 
-def taylor(model: nn.Module, chosen: Sequence[Group], batches: Sequence[Batch]) -> list[Float[np.ndarray, "draws _"]]:
-    """The effects e of the units of each group on every draw of noise, by first-order Taylor expansion."""
+def taylor(
+    model: nn.Module, chosen: Sequence[Group], batches: Sequence[Batch], size: int
+) -> list[Float[np.ndarray, "draws _"]]:
+    """The effects e of the units of each group on every draw of noise, by first-order Taylor expansion.
+
+    A draw is of `size` examples.
+    """
     inlets = [[s for s in group.inlets if isinstance(_of(model, s), nn.Parameter)] for group in chosen]
     read = {s.names[0]: tensor_of(model, s.names[0]) for slices in inlets for s in slices}
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
@@ -361,7 +380,7 @@ def taylor(model: nn.Module, chosen: Sequence[Group], batches: Sequence[Batch]) 
     try:
         for parameter in wanted:
             parameter.requires_grad_(any(parameter is weight for weight in read.values()))
-        for batch in _small(batches):
+        for batch in _small(batches, size):
             with torch.enable_grad():
                 results = outputs(call(model, batch))
                 loss = noisy_loss([y for y in results if y.is_floating_point()], rng)
@@ -388,7 +407,7 @@ def _no_gradient(results: Sequence[Tensor], read: Mapping[str, Tensor]) -> str:
     else:
         why = "the model's forward cuts its outputs off from its weights, with detach, no_grad or argmax"
     return (
-        "prune_channels with importance taylor needs the gradient of the outputs, but "
+        "prune_channels with importance taylor or joint needs the gradient of the outputs, but "
         f"{why}. Return logits or other floats from its forward, or set importance: magnitude."
     )
 
@@ -402,12 +421,12 @@ def _of(model: nn.Module, s: Slice) -> Tensor:
     return tensor_of(model, s.names[0])
 
 
-def _small(batches: Sequence[Batch]) -> Iterator[Batch]:
-    """Batches of `BATCH` examples, `EXAMPLES` in all, from the beginning of each of `batches`."""
+def _small(batches: Sequence[Batch], size: int) -> Iterator[Batch]:
+    """Batches of `size` examples, `EXAMPLES` in all, from the beginning of each of `batches`."""
     left_over, each = EXAMPLES, ceil(EXAMPLES / len(batches))
     for batch in batches:
         values = [value[: min(each, left_over)] for value in tensors(batch)]
         left_over -= len(values[0])
-        for parts in zip(*(value.split(BATCH) for value in values), strict=True):
+        for parts in zip(*(value.split(size) for value in values), strict=True):
             if len(parts[0]):
                 yield like(batch, parts)

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from featherweight.coupling import groups
 from featherweight.errors import LayerError, RecipeError, WorkloadError
 from featherweight.passes.prune_channels import (
-    BATCH,
     EXAMPLES,
+    TOGETHER,
     PruneChannels,
     Ranking,
+    alone,
     apart,
     batch_norm_scale,
     edges,
@@ -25,7 +26,6 @@ from featherweight.passes.prune_channels import (
     noisy_loss,
     per_index,
     taylor,
-    together,
     uniform_removals,
 )
 from featherweight.passes.quantize_weights import QuantizeWeights
@@ -34,7 +34,7 @@ from featherweight.testing import networks
 from featherweight.workload import Batch, Workload, call, outputs
 from tests import gratings
 
-DRAWS = EXAMPLES / BATCH
+DRAWS = EXAMPLES / TOGETHER
 
 
 def workload_of(model: nn.Module, batches: list[Batch]) -> Workload:
@@ -121,7 +121,7 @@ def test_taylor_is_the_squared_change_of_the_outputs():
     (group,) = free(model, batches[0])
     hidden = torch.relu(model[0](torch.cat([x for (x,) in batches])))
     change = (hidden.square().sum(0) * model[2].weight.square().sum(0)).detach().numpy()
-    (effects,) = taylor(model, [group], batches)
+    (effects,) = taylor(model, [group], batches, 1)
     ratio = np.square(effects).sum(0) / change
     assert ratio.std() / ratio.mean() < 3 * (2 / DRAWS) ** 0.5  # squared normal draws, of sizes that differ
 
@@ -129,9 +129,9 @@ def test_taylor_is_the_squared_change_of_the_outputs():
 def test_effects_that_are_summed_before_the_square_are_the_change_without_all_of_them():
     model, batches = two_layers(), rows()
     (group,) = free(model, batches[0])
-    (effects,) = taylor(model, [group], batches)
+    (effects,) = taylor(model, [group], batches, 1)
     with torch.no_grad():
-        hidden = torch.relu(model[0](torch.cat([x for (x,) in batches]))).split(BATCH)
+        hidden = torch.relu(model[0](torch.cat([x for (x,) in batches]))).split(TOGETHER)
         moved = [(h[:, :16] @ model[2].weight[:, :16].T).square().sum() / model[2](h).square().mean() for h in hidden]
     change = sum(moved).item()  # noise comes in units of each draw's outputs
     assert np.square(effects[:, :16].sum(1)).sum() == pytest.approx(change, rel=3 * (2 / DRAWS) ** 0.5)
@@ -209,29 +209,25 @@ def test_taylor_sees_through_weights_that_only_look_large_and_magnitude_does_not
     assert by_taylor[0] < 1.5 * by_norm[0]  # undisguised, norms do about as well: they cost no gradient
 
 
-RANKING = "featherweight.passes.prune_channels.together"
-
-
 def test_what_goes_matters_less_than_what_stays(monkeypatch: pytest.MonkeyPatch):
     workload = workload_of(*trained())
     least = harm(workload, pruned(workload, share=0.2)[0])
-    monkeypatch.setattr(RANKING, lambda effects: Ranking(together(effects).order[::-1], together(effects).harm))
+    turned = "featherweight.passes.prune_channels.alone"
+    monkeypatch.setattr(turned, lambda effects: Ranking(alone(effects).order[::-1], alone(effects).harm))
     assert least < 0.3 * harm(workload, pruned(workload, share=0.2)[0])
 
 
 @pytest.mark.parametrize("allocation", ["global", "uniform"])
-def test_units_chosen_together_harm_less_than_units_chosen_one_by_one(allocation: str, monkeypatch: pytest.MonkeyPatch):
+def test_units_chosen_together_harm_less_than_units_chosen_one_by_one(allocation: str):
     """Channels after a ReLU all push the same way, so that those which hardly matter alone can matter together."""
     workload, (x, _) = gratings.workload(), gratings.gratings(400, seed=9)
     before = result(workload.model, (x,))
 
-    def change() -> float:
-        after = result(pruned(workload, share=0.3, multiple=1, allocation=allocation)[0], (x,))
+    def change(importance: str) -> float:
+        after = result(pruned(workload, share=0.3, multiple=1, allocation=allocation, importance=importance)[0], (x,))
         return float((after - before).square().mean() / before.var())
 
-    joint = change()
-    monkeypatch.setattr(RANKING, lambda effects: apart(np.square(effects).sum(0)))
-    assert joint < 0.7 * change()
+    assert change("joint") < 0.7 * change("taylor")
 
 
 def test_one_competition_harms_less_than_a_quota_for_each_layer():
@@ -271,8 +267,8 @@ def harm_by(workload: Workload, importance: str, **settings) -> float:
 @pytest.mark.parametrize(
     ("learnt", "informed", "no_better"),
     [
-        (trained, ["taylor", "magnitude"], []),
-        (slimmed, ["taylor", "batchnorm"], ["magnitude"]),  # a batch norm undoes the norm of the weights before it
+        (trained, ["taylor", "joint", "magnitude"], []),
+        (slimmed, ["joint", "batchnorm"], ["magnitude"]),  # a batch norm undoes the norm of the weights before it
     ],
 )
 def test_informed_importance_beats_random(learnt, informed: list[str], no_better: list[str], allocation: str):
@@ -285,7 +281,7 @@ def test_informed_importance_beats_random(learnt, informed: list[str], no_better
         assert harm_by(workload, importance, **settings) > 0.9 * min(control)
 
 
-@pytest.mark.parametrize("importance", ["taylor", "batchnorm"])
+@pytest.mark.parametrize("importance", ["joint", "batchnorm"])
 def test_one_competition_harms_less_in_a_network_as_it_was_trained(importance: str):
     workload = workload_of(*slimmed())
     one, quota = (harm_by(workload, importance, share=0.4, allocation=a) for a in ("global", "uniform"))
@@ -428,7 +424,7 @@ def test_importance_is_measured_on_a_bounded_number_of_examples():
     model = two_layers()
     (group,) = free(model, rows()[0])
     model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
-    taylor(model, [group], rows(count=1000))
+    taylor(model, [group], rows(count=1000), 1)
     assert sum(seen) == EXAMPLES
 
 
@@ -467,7 +463,7 @@ def test_outputs_without_a_gradient_say_what_to_do(last, why):
 def test_weights_that_nothing_reads_say_what_to_do():
     model, batches = two_layers(), rows()
     with pytest.raises(WorkloadError, match=r"no layer's weights read the channels.*set importance: magnitude"):
-        taylor(model, [], batches)
+        taylor(model, [], batches, 1)
 
 
 def test_features_that_no_weight_reads_are_judged_by_those_that_make_them():
