@@ -5,9 +5,10 @@
 Networks come from configurations of transformers, from pytorchcv, and from a few lines of torch. Each is compressed
 in several ways, and every result is an artifact. A cell of the table is *done* where the artifact computes what the
 compressed torch module does, within the target's tolerance (twice that in int8, for runtimes round between layers
-too, which adds up where weights are random); *refused* where an error of Featherweight's own says why
-not; *broken* in all other cases. Scores mean nothing on random weights, so none are taken. The network as it is goes
-to every installed target, what was made of it to one of them, in turn. Each architecture has a process of its own.
+too, which adds up where weights are random); *refused* where an error of Featherweight's own says why not; *broken* in
+all other cases. Scores mean nothing on random weights, so none are taken. The network as it is goes to every installed
+target, what was made of it to one of them, in turn. Each architecture has a process of its own.
+
 Rows end up in the JSON file one by one, and those that are there already are not run again.
 
 pytorchcv asks for torchvision, which these networks do not need: pip install --no-deps pytorchcv
