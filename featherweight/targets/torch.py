@@ -101,7 +101,13 @@ class Torch(Target):
         from featherweight.workload import outputs
 
         check_archive(folder / "model.pt2")
-        program = torch.export.load(folder / "model.pt2")
+        try:
+            program = torch.export.load(folder / "model.pt2")
+        except RuntimeError as error:
+            raise ArtifactError(
+                f"torch cannot read {folder / 'model.pt2'}: {' '.join(str(error).split())[:200]} It was written by "
+                "another version of torch or Featherweight. Export the network again."
+            ) from error
         names = program.call_spec.in_spec.child(1).context or ()  # of inputs given by keyword
         network = use_sparse(use_int8(program.module()))
 

@@ -241,3 +241,14 @@ def test_threads_are_as_before(archive):
     assert torch.get_num_threads() == before
     runtime.profile(archive.parent, inputs, before + 1)
     assert torch.get_num_threads() == before
+
+
+def test_an_archive_of_another_version_is_refused_with_what_to_do(archive, tmp_path):
+    def renamed(data: bytes) -> bytes:
+        assert b"torch.ops.aten.linear.default" in data
+        return data.replace(b"torch.ops.aten.linear.default", b"torch.ops.aten.linear.of_old")
+
+    old = changed(archive, tmp_path, "models/model.json", renamed)
+    check_archive(old)
+    with pytest.raises(ArtifactError, match=r"cannot read .* another version of torch or Featherweight\. Export"):
+        targets.find("torch").load(old.parent, threads=1)
