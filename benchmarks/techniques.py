@@ -5,10 +5,10 @@
 
 Each row is one recipe of the pass alone; passes that teach follow a pruning that they are to repair, which stands in a
 row of its own, and passes that prepare for another are followed by it. Batch norms are folded first where weights are
-rounded. A recipe is run once, exported to every target,
-scored as the artifact of the first target that can hold it, and timed on all of them, in turn with the eager original;
-the ratio is eager fp32 over the artifact. A pass that is not in STRENGTHS runs with its defaults, so a new one needs
-nothing here. Rows end up in a JSON file one by one, and what is there already is not run again.
+changed. A recipe is run once, exported to every target, scored as the artifact of the first target that can hold it,
+and timed on all of them, in turn with the eager original; the ratio is eager fp32 over the artifact. A pass that is not
+in STRENGTHS runs with its defaults, so a new one needs nothing here. Rows end up in a JSON file one by one, and what is
+there already is not run again.
 
 With --untimed nothing is timed and the exported files stay in the folder, so that the long part may run beside other
 work; a later call on a quiet machine times them and removes them.
@@ -82,7 +82,8 @@ INTRODUCTION = """# Techniques, each alone
 What each pass does by itself to the networks of `examples/`, without a search. `drop at most` is the upper end of the
 95 % interval of the drop of the score, `MB` the smallest file of the targets, `packed MB` what the weights would take
 with codes at their own width and zeros in a bitmap, `×` how many times faster than the eager fp32 original (batch 1, 2
-threads), `seconds` those that the pass took. Batch norms are folded first where weights are changed.
+threads; – where it was not timed or cannot run), `seconds` those that the pass took, which are rough: the long part may
+run beside other work. Batch norms are folded first where weights are changed.
 """
 
 
@@ -196,6 +197,7 @@ def markdown(rows: list[Row]) -> str:
         parts.append("")
         refusals = [row for row in rows if row.workload == name and row.refused]
         parts.extend(f"- {row.steps}: {' '.join(row.refused.split())}" for row in refusals)
+        parts.extend([""] if refusals else [])
     return "\n".join(parts).rstrip() + "\n"
 
 
