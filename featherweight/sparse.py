@@ -2,7 +2,8 @@
 
 The torch target puts them where a program holds a linear layer whose weight is dense in the file but nearly all zero.
 Whether compressed rows win depends on the machine, the threads and how many rows the input has, so the first input
-decides, by measurement. Convolutions stay dense: unfolding their input costs more than the zeros save.
+decides, by measurement. Convolutions stay dense: unfolding their
+input for such a product was not tried.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from featherweight.int8 import constant
 
-ZEROS = 0.9  # share of the weights from which compressed rows are tried: below it they have never won
+ZEROS = 0.9  # share of the weights from which compressed rows are tried: fewer were not measured
 TURNS = 5  # how often each way is tried; the best time of each counts
 
 

@@ -13,7 +13,7 @@ doi:10.1080/03610919008812866, on the Gauss-Newton matrix of the squared error),
 By `taylor` each unit is judged alone. Units that are read with one sign, as after a ReLU, harm together far more than
 the sum of what each does alone: by `joint` the units of a group go one after another, each that which adds least to
 I_S, for it may make up for what went before. What is left is then far nearer to the original as it stands; after
-distillation it is no better, since training undoes what many units did alike (LOG.md).
+distillation it was no better on the network where both were compared (LOG.md).
 
 Without data there are the norm of the weights that make u, which a batch norm after them undoes; the scale |γ_u| that
 this one gives instead, in y_u = γ_u · (x_u − μ_u) / σ_u + β_u; and, as the control that the others must beat, a number
