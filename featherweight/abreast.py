@@ -14,8 +14,12 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-from featherweight.surgery import watching
+from featherweight import memory
+from featherweight.hooks import (
+    watching,
+)
 from featherweight.workload import Batch, call
 
 
@@ -88,18 +92,20 @@ def abreast(
         run.pause(name, x)
 
     runs = [_Run(model, batch) for batch in batches]
-    with watching(layers, pause):
+    with watching(layers, pause), memory.in_one_arena():
         try:
             for run in runs:
                 run.start()
                 run.advance()
             while waiting := [(run, *run.at) for run in runs if run.at is not None]:
+                memory.give_back()
                 name = waiting[0][1]
                 here = [run for run, other, _ in waiting if other == name]
                 yield name, [x for _, other, x in waiting if other == name]
                 waiting.clear()  # it would hold what the layer has read
-                for run in here:
-                    run.advance()
+                with parametrize.cached():  # an encoded weight is decoded once for all of them
+                    for run in here:
+                        run.advance()
         finally:
             for run in runs:
                 run.stop()

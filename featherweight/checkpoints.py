@@ -7,7 +7,7 @@ training and by how it is trained, so that a network which comes out otherwise b
 
 Where checkpoints lie, whoever runs the passes says with `kept_in`; nothing is kept elsewhere. Batches that were learnt
 from are read once more and passed over: data whose order comes from the global generators, or always is the same, goes
-on as if nothing had been.
+on as if nothing had been. Processes that train together have one each, of the same step.
 """
 
 from __future__ import annotations
@@ -77,16 +77,19 @@ class Checkpoint:
         self._tensors, self._optimizer = tensors, optimizer
         self._kept = time.monotonic()
 
-    def keep(self, losses: Sequence[float], finished: bool) -> None:
-        """Writes the state where that is due; at the end of a long training too, for a later step may be killed.
+    def due(self, finished: bool) -> bool:
+        """Whether it is time to `keep` the state: at the end of a long training too, for a later step may be killed."""
+        if self._path is None:
+            return False
+        return time.monotonic() - self._kept >= EVERY or (finished and self._path.exists())
+
+    def keep(self, losses: Sequence[float]) -> None:
+        """Writes the state.
 
         Raises:
             ArtifactError: it cannot be written.
         """
-        if self._path is None:
-            return
-        if time.monotonic() - self._kept < EVERY and not (finished and self._path.exists()):
-            return
+        assert self._path is not None
         stored = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in self._named()}
         notes = {"state": json.dumps({"losses": list(losses), "chance": _chance()}, allow_nan=False)}
         fresh = self._path.with_suffix(".partial")

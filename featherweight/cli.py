@@ -99,7 +99,7 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new or empty folder")
     add.add_argument("--resume", action="store_true", help="go on with the search that DIR holds")
 
-    add = commands.add_parser("apply", help="run one recipe, without a search")
+    add = commands.add_parser("apply", help="run one recipe, without a search; killed, the same command goes on")
     add.set_defaults(command=apply)
     add.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
     add.add_argument("workload", metavar="WORKLOAD", help=workload)
@@ -234,15 +234,19 @@ def apply(chosen: argparse.Namespace) -> int:
     """`featherweight apply`."""
     from featherweight import targets, workload
     from featherweight.artifact import build
+    from featherweight.checkpoints import kept_in
     from featherweight.recipe import Recipe
+    from featherweight.search import fingerprint
     from featherweight.trials import check_writable
 
     recipe = Recipe.from_yaml(_text(chosen.recipe), str(chosen.recipe))
     targets.find(recipe.target)
     if check_writable(chosen.out):
         raise ArtifactError(f"{chosen.out} is not empty, and what is there is not overwritten. Choose another folder.")
-    say = _progress()
-    artifact = build(recipe, workload.load(chosen.workload), chosen.out, chosen.seed, progress=say.stage)
+    say, loaded = _progress(), workload.load(chosen.workload)
+    kept = f"{chosen.out.name}.{recipe.digest[:8]}-{fingerprint(loaded)[:8]}-{chosen.seed}.checkpoints"
+    with kept_in(chosen.out.absolute().with_name(kept)):
+        artifact = build(recipe, loaded, chosen.out, chosen.seed, progress=say.stage)
     say.close()
     layers = {row["layer"] for row in artifact.manifest["coverage"] if "done" in row}
     print(f"{chosen.out}: {artifact.bytes:,} bytes, {len(layers)} layers changed, for {artifact.target}")

@@ -20,13 +20,17 @@ from torch import Tensor, nn
 
 from featherweight.abreast import abreast
 from featherweight.errors import WorkloadError
+from featherweight.hooks import (
+    watch_inputs,
+)
 from featherweight.int8 import edges
-from featherweight.surgery import watch_inputs
+from featherweight.surgery import (
+    CONVOLUTIONS,
+)
 from featherweight.workload import Workload
 
 SAMPLE = 1 << 14  # rows kept of what a layer reads, over all batches: patches overlap and say much the same
 HELD = 1 << 26  # numbers in the Gram matrices that are held at a time
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def patches(

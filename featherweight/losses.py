@@ -15,7 +15,9 @@ from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from featherweight.errors import LayerError, WorkloadError
-from featherweight.surgery import returned_by
+from featherweight.hooks import (
+    returned_by,
+)
 from featherweight.workload import Workload
 
 SQUASHING = (nn.Tanh, nn.Sigmoid, nn.Softmax, nn.ReLU, nn.GELU, nn.SiLU)

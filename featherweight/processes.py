@@ -82,6 +82,22 @@ class Processes:
         for value in values:
             value.data.copy_(broadcast(value.detach().clone()))
 
+    def any(self, here: bool) -> bool:
+        """Whether it holds in one of the processes."""
+        if self.count == 1:
+            return here
+        found = torch.tensor([float(here)], device=self.device)
+        self.average([found])
+        return bool(found.item() > 0)
+
+    def alike(self, count: int) -> bool:
+        """Whether `count` is the same in all processes."""
+        if self.count == 1:
+            return True
+        first = torch.tensor([count], device=self.device)
+        self.agree([first])
+        return not self.any(int(first.item()) != count)
+
     def wait(self) -> None:
         """Until all processes have come this far."""
         if self.count > 1:

@@ -23,7 +23,6 @@ from featherweight.errors import RecipeError
 from featherweight.surgery import encode, encoding_of, layer_of, trace
 from featherweight.workload import Batch
 
-READERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 QUIETEST = 1e-4  # share of the mean magnitude below which no channel counts as quieter
 
 # ------------------------------------------------------------------------------------------------ scales

@@ -36,7 +36,7 @@ import yaml
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from featherweight import passes, surgery, targets
+from featherweight import hooks, passes, surgery, targets
 from featherweight.encodings import (
     Affine,
     Codebook,
@@ -432,7 +432,7 @@ def _encoded(network: str, what: str) -> nn.Module:
     model, workload = copy.deepcopy(networks()[network].model), networks()[network]
     weighted = surgery.select(model, "*", (nn.Conv2d, nn.Linear))
     ranges: dict[str, tuple[float, float]] = {}
-    surgery.watch_inputs(
+    hooks.watch_inputs(
         model, weighted, workload.calibration, lambda name, x: ranges.update({name: (float(x.min()), float(x.max()))})
     )
     names = list(FORMS) if what == "one of each form" else [what if what in FORMS else what.split()[0]]

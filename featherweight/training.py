@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import ctypes
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from featherweight import memory
 from featherweight.checkpoints import Checkpoint
 from featherweight.errors import LayerError, WorkloadError
 from featherweight.processes import Processes, lying_on, processes
@@ -90,7 +90,7 @@ def train(
             _training(model, list(parameters.values())),
             computing_in(precision, model, together.device),
             _Norms(model, set(layers), count) as norms,
-            _keeping_memory(),
+            memory.keeping(),
         ):
             together.agree(learnt)
             optimizer = torch.optim.AdamW(relative_rates(learnt, lr), weight_decay=0.0, fused=True)
@@ -141,13 +141,18 @@ class _Course:
                     "without it."
                 )
             self.optimizer.step()
-            self.checkpoint.keep(losses, finished=len(losses) == self.steps)
+            if self.together.any(self.checkpoint.due(finished=len(losses) == self.steps)):
+                self.checkpoint.keep(losses)
             bar.set_postfix(loss=f"{losses[-1]:.3g}", refresh=False)
         return losses
 
     def _resumed(self, batches: Iterator[tuple[Batch, Any]]) -> list[float]:
-        """The losses of the steps that a checkpoint knows of, whose batches are passed over."""
-        if (state := self.checkpoint.load()) is None:
+        """The losses of the steps that a checkpoint knows of, whose batches are passed over.
+
+        There are none where the processes that train together know of different steps.
+        """
+        state = self.checkpoint.load()
+        if not self.together.alike(0 if state is None else len(state.losses)) or state is None:
             return []
         for number, (batch, _) in enumerate(islice(batches, len(state.losses))):
             self.norms.expect(number, batch)
@@ -280,27 +285,6 @@ def as_in_training(model: nn.Module, batch: Batch, where: str) -> nn.Module:
         if isinstance(module, NORMS) and (module.weight is None or matches(name, where)):
             module.train(tensors(batch)[0].shape[0] >= WHOLE_BATCH)
     return copied
-
-
-@contextlib.contextmanager
-def _keeping_memory() -> Iterator[None]:
-    """Inside the block, freed memory stays the process's: fresh pages for each tensor cost up to a fifth of a step.
-
-    glibc alone can do so (`mallopt`); what it keeps is given back at the end of the block.
-    """
-    most_mapped, trim_above = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD
-    glibc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if glibc is None or not hasattr(glibc, "gnu_get_libc_version"):
-        yield
-        return
-    glibc.mallopt(most_mapped, 0)
-    glibc.mallopt(trim_above, 2**31 - 1)
-    try:
-        yield
-    finally:
-        glibc.mallopt(most_mapped, 65536)
-        glibc.mallopt(trim_above, 2**17)
-        glibc.malloc_trim(0)
 
 
 def _laid_out(pairs: Iterator[tuple[Batch, Any]], model: nn.Module) -> Iterator[tuple[Batch, Any]]:

@@ -10,7 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featherweight import Workload
-from featherweight.surgery import select, watch_inputs
+from featherweight.hooks import (
+    watch_inputs,
+)
+from featherweight.surgery import (
+    select,
+)
 from featherweight.workload import Batch
 
 KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)

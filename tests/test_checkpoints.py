@@ -1,5 +1,6 @@
 """Checkpoints: a training that was killed ends with the network that it would have ended with."""
 
+import contextlib
 import copy
 import random
 import signal
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from featherweight import checkpoints, passes, search
+from featherweight import checkpoints, cli, passes, search
+from featherweight.artifact import open_artifact
 from featherweight.checkpoints import kept_in
 from featherweight.errors import ArtifactError
 from featherweight.passes.distill_soft import DistillSoft
@@ -135,8 +137,8 @@ from tests.test_checkpoints import searched
 
 checkpoints.EVERY = 0.0
 keep = checkpoints.Checkpoint.keep
-def keep_and_die(self, losses, finished):
-    keep(self, losses, finished)
+def keep_and_die(self, losses):
+    keep(self, losses)
     if len(losses) == 11:
         os.kill(os.getpid(), signal.SIGKILL)
 checkpoints.Checkpoint.keep = keep_and_die
@@ -169,3 +171,33 @@ def test_a_search_that_was_killed_goes_on_within_the_training(tmp_path, monkeypa
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: steps.append(1) or step(self))
     assert searched(tmp_path / "a") == searched(tmp_path / "b")
     assert len(steps) == 5 + 16 and not kept.exists()
+
+
+TAUGHT = "steps: [prune_magnitude: {share: 0.5}, distill_soft: {epochs: 4}]\ntarget: torch\n"
+
+
+@pytest.mark.usefixtures("_always")
+def test_the_same_command_goes_on_after_it_was_killed(tmp_path, monkeypatch):
+    (tmp_path / "recipe.yaml").write_text(TAUGHT)
+    workload, steps = Path(__file__).with_name("gratings.py"), []
+    command = ["apply", str(tmp_path / "recipe.yaml"), str(workload), "--out"]
+    step, keep = torch.optim.AdamW.step, checkpoints.Checkpoint.keep
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: steps.append(1) or step(self))
+
+    def keep_and_stop(self, losses):
+        keep(self, losses)
+        if len(losses) == 11:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt, SystemExit):
+        patch.setattr(checkpoints.Checkpoint, "keep", keep_and_stop)
+        cli.main([*command, str(tmp_path / "out")])
+    assert not list((tmp_path / "out").iterdir())
+    assert len(list(tmp_path.glob("out.*.checkpoints"))) == 1
+    assert cli.main([*command, str(tmp_path / "out")]) == 0
+    resumed = len(steps)
+    assert cli.main([*command, str(tmp_path / "whole")]) == 0
+    assert resumed == len(steps) - resumed and resumed > 11
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "recipe.yaml", "whole"]
+    first, second = (open_artifact(tmp_path / name).manifest["coverage"] for name in ("out", "whole"))
+    assert first == second

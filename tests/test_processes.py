@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from featherweight import processes, search
+from featherweight import checkpoints, processes, search
 from featherweight.artifact import build, open_artifact
 from featherweight.errors import TargetError
 from featherweight.losses import soft_loss
@@ -53,16 +54,39 @@ def main(folder: Path) -> None:
     (folder / f"{number}.json").write_text(json.dumps(found))
 
 
-def run(folder: Path, count: int) -> list[dict]:
-    """What each of `count` processes found, once all have ended."""
+def dying(folder: Path) -> None:
+    """What one of several processes does that are killed in their training, as soon as step 11 is on disk."""
+    keep = checkpoints.Checkpoint.keep
+
+    def keep_and_die(self: checkpoints.Checkpoint, losses: list[float]) -> None:
+        keep(self, losses)
+        if len(losses) == 11:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoints.Checkpoint.keep = keep_and_die  # type: ignore[method-assign]
+    resuming(folder)
+
+
+def resuming(folder: Path) -> None:
+    """What one of several processes does whose training goes on."""
+    torch.set_num_threads(1)
+    checkpoints.EVERY = 0.0 if processes.processes().number else 1e9  # one clock is enough
+    with checkpoints.kept_in(folder / "checkpoints"):
+        found = told(seed=0)
+        processes.processes().wait()
+    (folder / f"{processes.processes().number}.json").write_text(json.dumps(found))
+
+
+def run(folder: Path, count: int, what: str = "main", code: int = 0) -> list[dict]:
+    """What each of `count` processes found that do `what`, once all have ended with the exit code `code`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {**os.environ, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    code = f"from pathlib import Path; from tests.test_processes import main; main(Path({str(folder)!r}))"
+    script = f"from pathlib import Path; from tests.test_processes import {what}; {what}(Path({str(folder)!r}))"
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", code],
+            [sys.executable, "-c", script],
             cwd=Path(__file__).parents[1],
             env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
             stderr=subprocess.PIPE,
@@ -70,8 +94,8 @@ def run(folder: Path, count: int) -> list[dict]:
         for rank in range(count)
     ]
     said = [process.communicate(timeout=200)[1] for process in started]
-    assert [process.returncode for process in started] == [0] * count, said
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
+    assert [process.returncode for process in started] == [code] * count, said
+    return [] if code else [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
 
 
 def test_two_processes_take_the_steps_of_one(tmp_path):
@@ -84,6 +108,23 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
     # though they began with different weights
     assert first["weights"] == second["weights"] == pytest.approx(alone["weights"], abs=1e-4)
     assert first["bytes"] == second["bytes"] == open_artifact(tmp_path / "artifact").bytes
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_two_processes_that_were_killed_go_on_together(lost, tmp_path):
+    pytest.importorskip("accelerate")
+    (tmp_path / "whole").mkdir()
+    whole = run(tmp_path / "whole", 2, "resuming")
+    run(tmp_path, 2, "dying", code=-signal.SIGKILL)
+    kept = list((tmp_path / "checkpoints").iterdir())
+    assert len(kept) == 2
+    if lost:  # then both begin anew
+        kept[0].unlink()
+    resumed = run(tmp_path, 2, "resuming")
+    assert [found["losses"] for found in resumed] == [found["losses"] for found in whole]
+    assert [found["weights"] for found in resumed] == [found["weights"] for found in whole]
+    assert [len(found["seen"]) for found in resumed] == [20 if lost else 9] * 2
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_a_batch_of_fewer_examples_than_processes_is_learnt_from_by_all():

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 
-from featherweight import surgery
+from featherweight import hooks, surgery
 from featherweight.encodings import Affine, InputQuantizer, Masked, affine_scale
 from featherweight.errors import ExportError, LayerError, RecipeError
 from featherweight.testing import networks
@@ -418,87 +418,17 @@ def test_without_blocks_the_others_move_up_in_a_copy():
     assert torch.equal(fewer[1].inner.weight, net[2].inner.weight)
 
 
-# ------------------------------------------------------------------------------------------------ watching
-
-
-def test_watching_sees_every_first_input_and_leaves_no_hook():
-    net, seen = model(), []
-    batches = [(torch.randn(2, 4),), (torch.randn(3, 4),)]
-    layers = surgery.select(net, "0, 2.1", (nn.Linear,))
-    surgery.watch_inputs(net, layers, batches, lambda name, x: seen.append((name, tuple(x.shape), x.requires_grad)))
-    assert seen == [("0", (2, 4), False), ("2.1", (2, 8), False), ("0", (3, 4), False), ("2.1", (3, 8), False)]
-    with pytest.raises(ZeroDivisionError):
-        surgery.watch_inputs(net, layers, batches, lambda name, x: 1 / 0)
-    assert not any(module._forward_pre_hooks for module in net.modules())
+# ------------------------------------------------------------------------------------------------ names and parts
 
 
 def test_layers_that_are_called_by_keyword_are_watched_and_quantized():
     net, seen, x = ByKeyword(), [], torch.rand(3, 4)
-    surgery.watch_inputs(net, {"a": net.a}, [(x,)], lambda name, value: seen.append((name, value)))
+    hooks.watch_inputs(net, {"a": net.a}, [(x,)], lambda name, value: seen.append((name, value)))
     assert seen[0][0] == "a" and torch.equal(seen[0][1], x)
     surgery.quantize_input(net.a, InputQuantizer(0.0, 0.5))
     wanted = net.a.weight @ surgery.input_quantizer(net.a)(x).T
     torch.testing.assert_close(net(x), wanted.T + net.a.bias)
     torch.testing.assert_close(surgery.trace(net, (x,)).module()(x), net(x))
-
-
-class InPlace(nn.Module):
-    """A layer whose output is changed in place afterwards, and one that returns a tuple and one that returns whole
-    numbers."""
-
-    class Pair(nn.Linear):
-        def forward(self, x):
-            return None, (super().forward(x), 7)
-
-    class Whole(nn.Module):
-        def forward(self, x):
-            return x.argmax(-1)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.relu, self.pair, self.whole = (
-            nn.Linear(4, 4),
-            nn.ReLU(inplace=True),
-            self.Pair(4, 4),
-            self.Whole(),
-        )
-
-    def forward(self, x):
-        _, (y, _) = self.pair(self.relu(self.first(x)))
-        return y + self.whole(y)[:, None]
-
-
-@pytest.mark.parametrize("gradients", [True, False])
-def test_watched_outputs_are_those_that_were_returned(gradients):
-    net, x = InPlace().eval(), torch.randn(5, 4)
-    with torch.set_grad_enabled(gradients), surgery.watch_outputs(net, ["first", "pair", "whole"]) as seen:
-        net(x)
-        assert list(seen) == ["first", "pair"]
-        assert torch.equal(seen["first"], net.first(x)) and (seen["first"] < 0).any()
-        assert torch.equal(seen["pair"], net.pair(seen["first"].relu())[1][0])
-        assert all(value.requires_grad is gradients for value in seen.values())
-    assert not any(module._forward_hooks for module in net.modules())
-    with pytest.raises(RuntimeError, match="shapes"), surgery.watch_outputs(net, ["first"]):
-        net(x[:, 1:])
-    assert not net.first._forward_hooks
-
-
-def test_watched_outputs_carry_gradients_even_behind_frozen_layers():
-    net, x = InPlace().eval().requires_grad_(False), torch.randn(5, 4)
-    with surgery.watch_outputs(net, ["first"]) as seen:
-        y = net(x)
-    (gradient,) = torch.autograd.grad(y.sum(), seen["first"])
-    assert torch.equal(gradient, net.pair.weight.sum(0) * (seen["first"] > 0))
-
-
-def test_outputs_and_inner_values_know_who_returned_them():
-    net, x = model(), torch.randn(3, 4)
-    (y, source), *rest = surgery.returned_by(net, (x,))
-    assert torch.equal(y, net(x)) and source is net[2][1] and not rest
-    assert surgery.returning_outputs(net, (x,)) == {"2", "2.1"}
-    assert {name: value.shape[1] for name, value in surgery.returned_inside(net, (x,)).items()} == {
-        "0": 8, "1": 8, "2.0": 8, "2.1": 2, "2": 2
-    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -512,21 +442,6 @@ def test_outputs_and_inner_values_know_who_returned_them():
 )
 def test_landmarks_are_blocks_parts_or_layers(network, names):
     assert surgery.landmarks(networks()[network].model) == names
-
-
-@pytest.mark.parametrize(
-    ("layer", "shape", "dim"),
-    [
-        (nn.Conv1d(2, 3, 1), (4, 3, 5), 1),
-        (nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3)), (4, 3, 5, 5), 1),
-        (nn.ReLU(), (4, 3, 5, 5), 1),
-        (nn.Linear(2, 3), (4, 5, 5, 3), 3),
-        (nn.Embedding(2, 3), (4, 5, 3), 2),
-        (nn.Linear(2, 3), (4, 3), 1),
-    ],
-)
-def test_channels_are_where_the_layer_puts_them(layer, shape, dim):
-    assert surgery.channel_dim(layer, torch.zeros(shape)) == dim
 
 
 def test_names_that_stand_for_something_else_are_told():

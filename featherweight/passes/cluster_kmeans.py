@@ -28,9 +28,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from featherweight.encodings import Codebook, Masked
+from featherweight.hooks import (
+    watch_inputs,
+)
 from featherweight.passes import Pass
 from featherweight.settings import Choice, Range
 from featherweight.surgery import (
+    WEIGHTED,
     RecurrentWeight,
     dense_of,
     encode_smaller,
@@ -39,11 +43,9 @@ from featherweight.surgery import (
     leave_others,
     refuse_quantized,
     select,
-    watch_inputs,
 )
 from featherweight.workload import Workload
 
-WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 SAMPLE = 64  # values of a row for each that the start draws from among them: more change it little and take long
 ROUNDS = 100  # of Lloyd's iterations at most; what 256 values gain after that is below a percent
 QUIETEST = 1e-3  # share of the mean input energy that every input counts with, silent ones too

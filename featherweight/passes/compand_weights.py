@@ -33,6 +33,7 @@ from featherweight.encodings import Companded, magnitudes
 from featherweight.passes import Pass
 from featherweight.settings import Choice
 from featherweight.surgery import (
+    WEIGHTED,
     RecurrentWeight,
     dense_of,
     encode_smaller,
@@ -43,7 +44,7 @@ from featherweight.surgery import (
 )
 from featherweight.workload import Workload
 
-KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Embedding, RecurrentWeight)
+KINDS = (*WEIGHTED, nn.Embedding, RecurrentWeight)
 STRENGTHS = {"mu": (2.0, 5.0, 20.0, 100.0), "power": (1.5, 2.0, 3.0), "log": (4.0, 7.0, 12.0)}
 SIZES = (1.0, 0.9, 0.8, 0.7, 0.6)  # of the scale, as shares of the largest weight: beyond it weights are clipped
 

@@ -31,10 +31,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from featherweight.errors import LayerError
+from featherweight.hooks import (
+    channel_dim,
+    returned_inside,
+    watch_outputs,
+)
 from featherweight.losses import Comparison, kinds_of, logits_among, refuse_without_logits
 from featherweight.passes._distillation import Distillation, Lesson
 from featherweight.settings import Choice, Range
-from featherweight.surgery import channel_dim, returned_inside, watch_outputs
 from featherweight.workload import Batch, Workload, call, like, outputs, tensors
 
 SMALLEST = 1e-12  # squared norm below which an attribution is nothing

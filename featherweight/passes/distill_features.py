@@ -34,18 +34,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from featherweight.errors import LayerError
+from featherweight.hooks import channel_dim, returned_inside, returning_outputs, watch_outputs
 from featherweight.losses import Comparison, kinds_of, relative_error
 from featherweight.passes._distillation import Distillation, Lesson
 from featherweight.settings import Choice, Range
 from featherweight.surgery import (
-    channel_dim,
     landmarks,
     left,
     matches,
-    returned_inside,
-    returning_outputs,
     unlike,
-    watch_outputs,
 )
 from featherweight.training import as_in_training
 from featherweight.workload import Batch, Workload, call, outputs

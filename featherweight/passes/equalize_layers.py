@@ -24,8 +24,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from featherweight.passes import Pass
-from featherweight.rescaling import READERS, largest_of_rows, move, read_with, refuse_rounded, seams, weight_of
-from featherweight.surgery import done, left, select
+from featherweight.rescaling import largest_of_rows, move, read_with, refuse_rounded, seams, weight_of
+from featherweight.surgery import WEIGHTED, done, left, select
 from featherweight.workload import Workload
 
 SWEEPS = 50  # through all pairs, at most
@@ -46,7 +46,7 @@ class EqualizeLayers(Pass):
     """Makes the channels between consecutive layers alike in range; `where` names the layers that compute them."""
 
     def apply(self, model: nn.Module, workload: Workload) -> nn.Module:
-        layers = select(model, self.where, READERS)
+        layers = select(model, self.where, WEIGHTED)
         refuse_rounded(layers, self.name())
         found = {seam.maker: seam for seam in seams(model, workload.example) if seam.maker in layers}
         for name in layers:

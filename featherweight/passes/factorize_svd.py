@@ -43,6 +43,7 @@ from featherweight.low_rank import (
 from featherweight.passes import Pass
 from featherweight.settings import Choice, Range
 from featherweight.surgery import (
+    WEIGHTED,
     done,
     leave_others,
     left,
@@ -53,7 +54,7 @@ from featherweight.surgery import (
 )
 from featherweight.workload import Workload
 
-KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Embedding)
+KINDS = (*WEIGHTED, nn.Embedding)
 DAMPING = 0.01  # of the mean of the diagonal: for directions that calibration data never shows
 
 # ------------------------------------------------------------------------------------------------ mathematics

@@ -33,10 +33,9 @@ from featherweight.low_rank import (
 )
 from featherweight.passes import Pass
 from featherweight.settings import Choice, Range
-from featherweight.surgery import done, leave_others, left, refuse_encoded, replace, replaceable, select
+from featherweight.surgery import CONVOLUTIONS, done, leave_others, left, refuse_encoded, replace, replaceable, select
 from featherweight.workload import Workload
 
-KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Ranks = tuple[int, int]  # of the output side and of the input side, in each group
 
 # ------------------------------------------------------------------------------------------------ mathematics
@@ -172,10 +171,10 @@ class FactorizeTucker(Pass):
     sweeps: Annotated[int, Range(0, 20)] = 3
 
     def apply(self, model: nn.Module, workload: Workload) -> nn.Module:
-        layers = select(model, self.where, KINDS)
+        layers = select(model, self.where, CONVOLUTIONS)
         refuse_encoded(layers, self.name(), "factorize")
         leave_others(model, self.where, layers, self.name())
-        for name, layer in replaceable(model, layers, KINDS, workload.example).items():
+        for name, layer in replaceable(model, layers, CONVOLUTIONS, workload.example).items():
             if (factors := self._factors(name, layer)) is not None:
                 replace(model, name, factors)
         return model

@@ -2,11 +2,19 @@
 
     ŵ = w · [ |w| > t ],  t such that a given share of the weights is at or below it
 
+of each layer. Where all layers compete, what is compared is
+
+    w² / Σ_{v of the layer, |v| ≥ |w|} v²
+
+for by magnitude alone layers whose weights are all small go whole: half of the weights of a MiniLM gone so leave no
+better than chance (LOG.md).
+
 The zeros alone make no dense file smaller and no runtime here faster: they are worth something where they are
 entropy-coded or stored sparsely, and as a start for other techniques. Embeddings are left alone, whose small rows are
 rare words rather than unimportant ones. A block is as large as its Frobenius norm.
 
-Source: Han, Pool, Tran, Dally 2015, arXiv:1506.02626, section 3; 2:4: Mishra et al. 2021, arXiv:2104.08378, section 3.
+Source: Han, Pool, Tran, Dally 2015, arXiv:1506.02626, section 3; all layers: Lee, Park, Mo, Ahn, Shin 2021,
+arXiv:2010.07611, equation 4 (LAMP); 2:4: Mishra et al. 2021, arXiv:2104.08378, section 3.
 """
 
 from __future__ import annotations
@@ -14,16 +22,30 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from torch import nn
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from featherweight.errors import SettingError
 from featherweight.masks import NOTHING_GOES, Pattern, check_share, choose, largest_of_all
 from featherweight.passes import Pass
 from featherweight.settings import Choice, Range
-from featherweight.surgery import RecurrentWeight, keep_only, leave_others, prunable, select
+from featherweight.surgery import WEIGHTED, RecurrentWeight, keep_only, leave_others, prunable, select
 from featherweight.workload import Workload
 
-KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, RecurrentWeight)
+KINDS = (*WEIGHTED, RecurrentWeight)
+
+
+def adaptive_sizes(weight: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """The square of each weight over the sum of those that are no smaller; 0 for zeros. In doubles.
+
+    >>> adaptive_sizes(torch.tensor([1.0, 0.0, -3.0])), adaptive_sizes(torch.tensor([10.0, 0.0, -30.0]))
+    (tensor([0.1000, 0.0000, 1.0000], dtype=torch.float64), tensor([0.1000, 0.0000, 1.0000], dtype=torch.float64))
+    """
+    squares, order = weight.double().square().flatten().sort()
+    no_smaller = squares.flip(0).cumsum(0).flip(0)
+    shares = squares / no_smaller.clamp(min=torch.finfo(torch.float64).tiny)
+    return torch.empty_like(shares).scatter_(0, order, shares).view(weight.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +77,11 @@ class PruneMagnitude(Pass):
     def apply(self, model: nn.Module, workload: Workload) -> nn.Module:
         layers = select(model, self.where, KINDS)
         weights = prunable(model, layers, self.pattern, self.name())
-        sizes = [weight.abs() for _, weight in weights]
         if self.scope == "global":
+            sizes = [adaptive_sizes(weight) for _, weight in weights]
             masks, spared = largest_of_all(sizes, self.share), "its weights are all larger than those that go"
         else:
-            masks, spared = [choose(size, self.pattern, self.share) for size in sizes], NOTHING_GOES
+            masks, spared = [choose(weight.abs(), self.pattern, self.share) for _, weight in weights], NOTHING_GOES
         for (group, weight), kept in zip(weights, masks, strict=True):
             keep_only(group, weight, kept, self.pattern, spared)
         leave_others(model, self.where, layers, self.name())

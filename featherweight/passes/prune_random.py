@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from featherweight.masks import NOTHING_GOES, Pattern, check_share, choose
 from featherweight.passes import Pass
 from featherweight.settings import Range
-from featherweight.surgery import RecurrentWeight, keep_only, leave_others, prunable, select
+from featherweight.surgery import WEIGHTED, RecurrentWeight, keep_only, leave_others, prunable, select
 from featherweight.workload import Workload
 
-KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, RecurrentWeight)
+KINDS = (*WEIGHTED, RecurrentWeight)
 
 
 def lots(weight: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

@@ -33,10 +33,9 @@ from featherweight.gram import grams
 from featherweight.masks import KEPT_OF, NOTHING_GOES, Pattern, check_share, choose
 from featherweight.passes import Pass
 from featherweight.settings import Range
-from featherweight.surgery import NEVER_CALLED, keep_only, leave_others, left, prunable, select
+from featherweight.surgery import NEVER_CALLED, WEIGHTED, keep_only, leave_others, left, prunable, select
 from featherweight.workload import Workload
 
-KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 COLUMNS = 128  # that change at every step; what lies beyond them changes once for all of them
 WIDEST = 12288  # columns of a weight whose Hessian is still held: 600 MB in single precision
 
@@ -127,7 +126,7 @@ class PruneSparsegpt(Pass):
         check_share(self.name(), self.pattern, self.share)
 
     def apply(self, model: nn.Module, workload: Workload) -> nn.Module:
-        layers = select(model, self.where, KINDS)
+        layers = select(model, self.where, WEIGHTED)
         weights = _narrow(prunable(model, layers, self.pattern, self.name()))
         found = grams(model, {name: layer for group, _ in weights for name, layer in group.items()}, workload)
         for group, weight in weights:

@@ -22,13 +22,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from featherweight.hooks import (
+    watch_inputs,
+)
 from featherweight.masks import NOTHING_GOES, Pattern, check_share, choose
 from featherweight.passes import Pass
 from featherweight.settings import Range
-from featherweight.surgery import NEVER_CALLED, keep_only, leave_others, left, prunable, select, watch_inputs
+from featherweight.surgery import (
+    NEVER_CALLED,
+    WEIGHTED,
+    keep_only,
+    leave_others,
+    left,
+    prunable,
+    select,
+)
 from featherweight.workload import Workload
-
-KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
 def importance(
@@ -80,7 +89,7 @@ class PruneWanda(Pass):
         check_share(self.name(), self.pattern, self.share)
 
     def apply(self, model: nn.Module, workload: Workload) -> nn.Module:
-        layers = select(model, self.where, KINDS)
+        layers = select(model, self.where, WEIGHTED)
         weights = prunable(model, layers, self.pattern, self.name())
         loudness = _watch(model, weights, workload)
         for group, weight in weights:

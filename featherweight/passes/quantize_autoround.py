@@ -25,7 +25,6 @@ errors passed on: Frantar, Ashkboos, Hoefler, Alistarh 2022, arXiv:2210.17323, s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -33,29 +32,26 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from featherweight.encodings import Affine, Masked, affine_scale, fitting_block, grid, grouped, spread
-from featherweight.gram import CONVOLUTIONS, Gram, grams, parts
+from featherweight.encodings import Affine, affine_scale, fitting_block, grid
+from featherweight.gram import Gram, grams, parts
 from featherweight.passes import Pass
-from featherweight.settings import Choice, Range
-from featherweight.surgery import (
-    dense_of,
-    done,
-    encode,
-    encoding_of,
-    groups_by_weight,
-    leave_others,
-    left,
-    refuse_quantized,
-    select,
+from featherweight.passes._rounding import (
+    READING,
+    Group,
+    by_matrices,
+    chosen,
+    looked_up,
+    read_by,
+    store,
+    weight_of,
+    why_unseen,
 )
+from featherweight.settings import Choice, Range
 from featherweight.workload import Workload
 
-WEIGHTED = (*CONVOLUTIONS, nn.Linear)
 TOGETHER = 16  # weights of a row that are learned at once: with more the descent is stuck earlier
 MOMENTUM = 0.8
 DAMPING = 0.01  # of the mean of the diagonal of the Gram matrix: for what calibration data shows by chance
-
-Group = dict[str, nn.Module]  # layers that share one weight
 
 # ------------------------------------------------------------------------------------------------ mathematics
 
@@ -163,61 +159,26 @@ class QuantizeAutoround(Pass):
     steps: Annotated[int, Range(0, 2000)] = 100
 
     def apply(self, model: nn.Module, workload: Workload) -> nn.Module:
-        layers = select(model, self.where, (*WEIGHTED, nn.Embedding))
-        refuse_quantized(layers, self.name())
-        groups = [group for group in groups_by_weight(model, layers) if not _too_thin(group)]
-        read = {next(iter(group)): group for group in groups if not _why_nearest(group)}
-        for part in parts({name: group[name] for name, group in read.items()}):
-            seen = grams(model, {name: layer for first in part for name, layer in read[first].items()}, workload)
+        groups = chosen(self, model, READING)
+        fed = {next(iter(group)): group for group in groups if not looked_up(group)}
+        for part in parts({name: group[name] for name, group in fed.items()}):
+            seen = grams(model, {name: layer for first in part for name, layer in fed[first].items()}, workload)
             for first in part:
-                self._encode(read[first], seen)
+                self._store(fed[first], read_by(fed[first], seen))
         for group in groups:
-            if _why_nearest(group):
-                self._encode(group, {})
-        leave_others(model, self.where, layers, self.name())
+            if looked_up(group):
+                self._store(group, None)
         return model
 
-    def _encode(self, group: Group, seen: Mapping[str, Gram]) -> None:
+    def _store(self, group: Group, gram: Gram | None) -> None:
         """Rounds and encodes the weight of a group, by what its layers read where anything is known of it."""
-        weight, first = dense_of(next(iter(group.values()))), encoding_of(next(iter(group.values())))
-        block = fitting_block(weight[0].numel(), self.block) if self.block else 0
+        weight = weight_of(group)
+        block = fitting_block(weight[0].numel(), self.block)
         scale = affine_scale(weight, self.bits, 0, block, search=True)
-        read = [seen[name] for name in group if name in seen]
-        if read:
-            kept = first.mask if isinstance(first, Masked) else None
-            count = sum(gram.count for gram in read)
-            hessian = torch.stack([gram.mean() * (gram.count / count) for gram in read]).sum(0)
-            weight = self._rounded(weight, scale, block, hessian.to(weight.dtype), kept)
+        if gram is not None:
+            weight = by_matrices(group, scale, block, gram, self._rounded)
         encoding = Affine(weight, scale, bits=self.bits, axis=0, block=block)
-        nearest = _why_nearest(group) or "the network never calls it"
-        for name, layer in group.items():
-            encode(layer, encoding)
-            done(name, f"{encoding.describe()}, {'rounding learned' if read else f'rounded to the nearest: {nearest}'}")
+        store(group, encoding, "rounding learned" if gram else f"rounded to the nearest: {why_unseen(group)}")
 
-    def _rounded(self, weight: Tensor, scale: Tensor, block: int, hessian: Tensor, kept: Tensor | None) -> Tensor:
-        """`learned_rounding` of a weight as its layer holds it."""
-        scales = spread(scale, tuple(weight.shape), 0, block).expand_as(grouped(weight, block))
-        sides = (len(hessian), -1, hessian.shape[1])
-        return learned_rounding(
-            weight.reshape(sides),
-            scales.reshape(sides),
-            hessian,
-            self.bits,
-            self.steps,
-            None if kept is None else kept.reshape(sides),
-        ).reshape(weight.shape)
-
-
-def _too_thin(group: Group) -> bool:
-    """Whether a scale would weigh more than it saves; the layers are then left, and said to be."""
-    thin = dense_of(next(iter(group.values())))[0].numel() < 2
-    for name in group if thin else ():
-        left(name, "its rows hold one weight each: a scale would weigh more than it saves")
-    return thin
-
-
-def _why_nearest(group: Group) -> str:
-    """Why nothing can be learned of how the weight of a group is rounded; empty where something can."""
-    if not any(isinstance(layer, nn.Embedding) for layer in group.values()):
-        return ""
-    return "its rows are looked up" if len(group) == 1 else "its rows are looked up by a layer that shares them"
+    def _rounded(self, weight: Tensor, scales: Tensor, hessian: Tensor, kept: Tensor | None) -> Tensor:
+        return learned_rounding(weight, scales, hessian.to(weight.dtype), self.bits, self.steps, kept)

@@ -14,7 +14,6 @@ Source: Lin, Tang, Tang, Yang, Dang, Gan, Han 2023, arXiv:2306.00978, section 3.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -23,23 +22,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from featherweight.encodings import Affine, affine_scale, fitting_block
-from featherweight.gram import CONVOLUTIONS, Gram, grams
+from featherweight.gram import Gram, grams
 from featherweight.passes import Pass
+from featherweight.passes._rounding import READING, Group, chosen, looked_up, read_by, store, weight_of, why_unseen
 from featherweight.rescaling import stretches
 from featherweight.settings import Choice, Range
-from featherweight.surgery import (
-    dense_of,
-    done,
-    encode,
-    groups_by_weight,
-    leave_others,
-    left,
-    refuse_quantized,
-    select,
-)
+from featherweight.surgery import CONVOLUTIONS
 from featherweight.workload import Workload
 
-WEIGHTED = (*CONVOLUTIONS, nn.Linear)
 POWERS = [0.2 * step for step in range(6)]
 
 
@@ -49,7 +39,7 @@ def output_error(change: Float[Tensor, "out in"], gram: Float[Tensor, "in in"]) 
     >>> output_error(torch.tensor([[0.5, 0.0]]), torch.tensor([[4.0, 0.0], [0.0, 100.0]]))
     1.0
     """
-    return float(((change @ gram) * change).sum())
+    return float(torch.sum((change @ gram) * change))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,54 +56,41 @@ class QuantizeAwq(Pass):
     block: Annotated[int, Choice(0, 32, 64, 128)] = 64
 
     def apply(self, model: nn.Module, workload: Workload) -> nn.Module:
-        layers = select(model, self.where, (*WEIGHTED, nn.Embedding))
-        refuse_quantized(layers, self.name())
-        groups = groups_by_weight(model, layers)
+        groups = chosen(self, model, READING)
         stretched = {name: layer for group in groups if not _why_plain(group) for name, layer in group.items()}
         seen = grams(model, stretched, workload) if stretched else {}
         for group in groups:
-            weight = dense_of(next(iter(group.values())))
-            if weight[0].numel() < 2:
-                for name in group:
-                    left(name, "its rows hold one weight each: a scale would weigh more than it saves")
-                continue
-            encoding, how = self._encoding(group, weight, seen)
-            for name, layer in group.items():
-                encode(layer, encoding)
-                done(name, f"{encoding.describe()}, {how}")
-        leave_others(model, self.where, layers, self.name())
+            gram = read_by(group, seen)
+            if gram is None:
+                how = f"rounded as it is: {_why_plain(group) or why_unseen(group)}"
+                store(group, self._stretched(weight_of(group), None), how)
+            else:
+                encoding, power = self._best(weight_of(group), gram)
+                store(group, encoding, f"inputs to the power {power:.1f}")
         return model
 
-    def _encoding(self, group: Mapping[str, nn.Module], weight: Tensor, seen: Mapping[str, Gram]) -> tuple[Affine, str]:
-        """The weight of a group with the power that suits its inputs, and in words what was done."""
-        read = [seen[name] for name in group if name in seen]
-        if not read:
-            return self._stretched(
-                weight, None
-            ), f"rounded as it is: {_why_plain(group) or 'the network never calls it'}"
-        count = sum(gram.count for gram in read)
-        gram = torch.stack([gram.mean()[0] * (gram.count / count) for gram in read]).sum(0).to(weight.dtype)
-        magnitude = torch.stack([gram.magnitude()[0] * (gram.count / count) for gram in read]).sum(0).to(weight.dtype)
-        by_channel = magnitude.view(weight.shape[1], -1).mean(1)
+    def _best(self, weight: Tensor, gram: Gram) -> tuple[Affine, float]:
+        """A weight with the power that suits what it is multiplied with, and that power."""
+        by_channel = gram.magnitude()[0].to(weight.dtype).view(weight.shape[1], -1).mean(1)
         tried = {p: self._stretched(weight, stretches(by_channel, p) if p else None) for p in POWERS}
-        errors = {p: output_error((encoding.decode() - weight).flatten(1), gram) for p, encoding in tried.items()}
+        products = gram.mean()[0].to(weight.dtype)
+        errors = {p: output_error((encoding.decode() - weight).flatten(1), products) for p, encoding in tried.items()}
         best = min(errors, key=lambda p: errors[p])
-        return tried[best], f"inputs to the power {best:.1f}"
+        return tried[best], best
 
     def _stretched(self, weight: Tensor, factors: Tensor | None) -> Affine:
         """`weight` rounded after its columns were multiplied by `factors`."""
-        block = fitting_block(weight[0].numel(), self.block) if self.block else 0
+        block = fitting_block(weight[0].numel(), self.block)
         wide = weight if factors is None else weight * factors.view(1, -1, *[1] * (weight.dim() - 2))
         scale = affine_scale(wide, self.bits, 0, block, search=True)
         columns = None if factors is None else 1 / factors
         return Affine(weight, scale, bits=self.bits, axis=0, block=block, columns=columns)
 
 
-def _why_plain(group: Mapping[str, nn.Module]) -> str:
+def _why_plain(group: Group) -> str:
     """Why the columns of a group's weight are not stretched; empty where they are."""
-    for layer in group.values():
-        if isinstance(layer, nn.Embedding):
-            return "its rows are looked up"
-        if isinstance(layer, CONVOLUTIONS) and layer.groups > 1:
-            return "its groups read different channels by the same columns"
+    if looked_up(group):
+        return "its rows are looked up"
+    if any(isinstance(layer, CONVOLUTIONS) and layer.groups > 1 for layer in group.values()):
+        return "its groups read different channels by the same columns"
     return ""

@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from featherweight.encodings import Affine, DynamicQuantizer, affine_scale
+from featherweight.hooks import (
+    watch_inputs,
+)
 from featherweight.passes import Pass
 from featherweight.surgery import (
     dense_of,
@@ -25,7 +28,6 @@ from featherweight.surgery import (
     quantize_input,
     refuse_quantized,
     select,
-    watch_inputs,
 )
 from featherweight.workload import Workload
 

@@ -25,6 +25,7 @@ from featherweight.encodings import Affine, grid
 from featherweight.passes import Pass
 from featherweight.settings import Choice, Range
 from featherweight.surgery import (
+    WEIGHTED,
     RecurrentWeight,
     dense_of,
     done,
@@ -36,7 +37,7 @@ from featherweight.surgery import (
 )
 from featherweight.workload import Workload
 
-KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Embedding, RecurrentWeight)
+KINDS = (*WEIGHTED, nn.Embedding, RecurrentWeight)
 CLIPPING = 6  # places beyond the largest without clipping that are tried for the least squared error
 FROM, TO = -60, 60  # places after the point, so that 2^f and its inverse are ordinary floats
 

@@ -18,7 +18,6 @@ authors' code (act-order, true-sequential); in terms of U: Chee, Cai, Kuleshov, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -26,27 +25,23 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from featherweight.encodings import Affine, Masked, affine_scale, fitting_block, grid, grouped, spread
-from featherweight.gram import CONVOLUTIONS, Gram, grams_in_turn
+from featherweight.encodings import Affine, affine_scale, fitting_block, grid
+from featherweight.gram import Gram, grams_in_turn
 from featherweight.passes import Pass
-from featherweight.settings import Choice, Range
-from featherweight.surgery import (
-    dense_of,
-    done,
-    encode,
-    encoding_of,
-    groups_by_weight,
-    leave_others,
-    left,
-    refuse_quantized,
-    select,
+from featherweight.passes._rounding import (
+    READING,
+    Group,
+    by_matrices,
+    chosen,
+    looked_up,
+    store,
+    weight_of,
+    why_unseen,
 )
+from featherweight.settings import Choice, Range
 from featherweight.workload import Workload
 
-WEIGHTED = (*CONVOLUTIONS, nn.Linear)
 LAZY = 128  # columns that take the errors of all before them at once
-
-Group = Mapping[str, nn.Module]  # layers that share one weight
 
 
 def feedback(hessian: Float[Tensor, "groups in in"], damping: float) -> Float[Tensor, "groups in in"]:
@@ -61,7 +56,8 @@ def feedback(hessian: Float[Tensor, "groups in in"], damping: float) -> Float[Te
     mean = hessian.diagonal(dim1=1, dim2=2).double().mean(1, keepdim=True)
     damped = hessian.to(torch.float64, copy=True)
     damped.diagonal(dim1=1, dim2=2).add_(torch.where(mean > 0, damping * mean, 1.0))
-    root = torch.linalg.cholesky(damped.flip(1, 2)).flip(1, 2)  # from the last to the first: root · rootᵀ, root upper
+    damped = damped.flip(1, 2)  # from the last to the first: root · rootᵀ, root upper
+    root = torch.linalg.cholesky(damped, out=damped).flip(1, 2)
     return root.div_(root.diagonal(dim1=1, dim2=2).unsqueeze(1).clone())
 
 
@@ -138,60 +134,29 @@ class QuantizeGptq(Pass):
     damping: Annotated[float, Range(1e-4, 1.0)] = 0.01
 
     def apply(self, model: nn.Module, workload: Workload) -> nn.Module:
-        layers = select(model, self.where, (*WEIGHTED, nn.Embedding))
-        refuse_quantized(layers, self.name())
-        groups = groups_by_weight(model, layers)
-        fed = [group for group in groups if _reads_numbers(group)]
-        rounded = set()
+        groups = chosen(self, model, READING)
+        fed = [group for group in groups if not looked_up(group)]
+        rounded: set[str] = set()
         found = grams_in_turn(model, fed, workload) if fed else iter(())
         for group, gram in found if self.sequential else list(found):
-            self._encode(group, gram)
+            self._store(group, gram)
             rounded |= set(group)
         for group in groups:
             if not rounded.issuperset(group):
-                self._encode(group, None)
-        leave_others(model, self.where, layers, self.name())
+                self._store(group, None)
         return model
 
-    def _encode(self, group: Group, gram: Gram | None) -> None:
+    def _store(self, group: Group, gram: Gram | None) -> None:
         """Rounds and encodes the weight of a group, by what its layers read where anything is known of it."""
-        weight, first = dense_of(next(iter(group.values()))), encoding_of(next(iter(group.values())))
-        if weight[0].numel() < 2:
-            for name in group:
-                left(name, "its rows hold one weight each: a scale would weigh more than it saves")
-            return
-        block = fitting_block(weight[0].numel(), self.block) if self.block else 0
+        weight = weight_of(group)
+        block = fitting_block(weight[0].numel(), self.block)
         scale = affine_scale(weight, self.bits, 0, block, search=True)
         if gram is not None:
-            kept = first.mask if isinstance(first, Masked) else None
-            weight = self._rounded(weight, scale, block, gram.mean(), kept)
+            weight = by_matrices(group, scale, block, gram, self._rounded)
         encoding = Affine(weight, scale, bits=self.bits, axis=0, block=block)
-        how = "errors fed on" if gram is not None else f"rounded to the nearest: {_why_nearest(group)}"
-        for name, layer in group.items():
-            encode(layer, encoding)
-            done(name, f"{encoding.describe()}, {how}")
+        how = "errors fed on" if gram is not None else f"rounded to the nearest: {why_unseen(group)}"
+        store(group, encoding, how)
 
-    def _rounded(self, weight: Tensor, scale: Tensor, block: int, hessian: Tensor, kept: Tensor | None) -> Tensor:
-        """`gptq` of a weight as its layer holds it."""
-        steps = spread(scale, tuple(weight.shape), 0, block).expand_as(grouped(weight, block))
-        sides = (len(hessian), -1, hessian.shape[1])
-        return gptq(
-            weight.reshape(sides),
-            steps.reshape(sides),
-            hessian,
-            self.bits,
-            self.damping,
-            falling(hessian) if self.order else None,
-            None if kept is None else kept.reshape(sides),
-        ).reshape(weight.shape)
-
-
-def _reads_numbers(group: Group) -> bool:
-    """Whether none of the layers that share a weight looks rows up in it."""
-    return not any(isinstance(layer, nn.Embedding) for layer in group.values())
-
-
-def _why_nearest(group: Group) -> str:
-    if _reads_numbers(group):
-        return "the network never calls it"
-    return "its rows are looked up" if len(group) == 1 else "its rows are looked up by a layer that shares them"
+    def _rounded(self, weight: Tensor, steps: Tensor, hessian: Tensor, kept: Tensor | None) -> Tensor:
+        order = falling(hessian) if self.order else None
+        return gptq(weight, steps, hessian, self.bits, self.damping, order, kept)

@@ -103,7 +103,7 @@ class QuantizeHqq(Pass):
         return round_weights(self, model, self._encoding)
 
     def _encoding(self, weight: Tensor) -> Affine:
-        block = fitting_block(weight[0].numel(), self.block) if self.block else 0
+        block = fitting_block(weight[0].numel(), self.block)
         rows = grouped(weight, block) if block else weight.flatten(1)
         starts = [affine_scale(weight, self.bits, 0, block, search).unsqueeze(-1) for search in (False, True)]
         first, second = (half_quadratic_scale(rows, start, self.bits, self.norm) for start in starts)

@@ -22,9 +22,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from featherweight.encodings import Affine, InputQuantizer, affine_scale
+from featherweight.hooks import (
+    watch_inputs,
+)
 from featherweight.passes import Pass
 from featherweight.settings import Choice
 from featherweight.surgery import (
+    WEIGHTED,
     dense_of,
     done,
     encode,
@@ -33,11 +37,9 @@ from featherweight.surgery import (
     quantize_input,
     refuse_quantized,
     select,
-    watch_inputs,
 )
 from featherweight.workload import Workload
 
-WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 SAMPLE = 1 << 14  # values kept of each input, over all batches: enough for a range, small enough for any memory
 TAIL = 1e-4  # share of the values that the percentile range leaves out at each end
 STEPS = 45  # clippings tried by the least-squared-error range

@@ -43,6 +43,6 @@ class QuantizeWeights(Pass):
         return round_weights(self, model, self._encoding)
 
     def _encoding(self, weight: Tensor) -> Affine:
-        block = fitting_block(weight[0].numel(), self.block) if self.block else 0
+        block = fitting_block(weight[0].numel(), self.block)
         scale = affine_scale(weight, self.bits, 0, block, self.search)
         return Affine(weight, scale, bits=self.bits, axis=0, block=block)

@@ -28,6 +28,7 @@ from featherweight.encodings import Scaled, largest_of
 from featherweight.passes import Pass
 from featherweight.settings import Choice
 from featherweight.surgery import (
+    WEIGHTED,
     RecurrentWeight,
     dense_of,
     encode_smaller,
@@ -38,7 +39,7 @@ from featherweight.surgery import (
 )
 from featherweight.workload import Workload
 
-KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Embedding, RecurrentWeight)
+KINDS = (*WEIGHTED, nn.Embedding, RecurrentWeight)
 
 
 def narrow_scale(largest: Float[Tensor, "*scales"], narrow: str) -> Float[Tensor, "*scales"]:

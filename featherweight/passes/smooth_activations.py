@@ -24,10 +24,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from featherweight.hooks import (
+    watch_inputs,
+)
 from featherweight.passes import Pass
-from featherweight.rescaling import READERS, Seam, move, read_with, refuse_rounded, seams, stretches
+from featherweight.rescaling import Seam, move, read_with, refuse_rounded, seams, stretches
 from featherweight.settings import Range
-from featherweight.surgery import done, left, select, watch_inputs
+from featherweight.surgery import (
+    WEIGHTED,
+    done,
+    left,
+    select,
+)
 from featherweight.workload import Workload
 
 
@@ -58,7 +66,7 @@ class SmoothActivations(Pass):
     power: Annotated[float, Range(0.0, 1.0)] = 0.5
 
     def apply(self, model: nn.Module, workload: Workload) -> nn.Module:
-        layers = select(model, self.where, READERS)
+        layers = select(model, self.where, WEIGHTED)
         refuse_rounded(layers, self.name())
         found = seams(model, workload.example)
         for name in layers:

@@ -1,8 +1,9 @@
 """ONNX Runtime: Microsoft's runtime, here on CPUs. Writes `model.onnx`.
 
 What this runtime wants, measured (see LOG.md): it runs a convolution or an addition in int8 only where its output
-is quantized too (`onnx_pairs`). It never decodes a weight ahead of time, so an encoded table is read row by row in
-bytes; and it has no int8 kernel for a Gemm with a float output, but one for MatMul.
+is quantized too (`onnx_pairs`). It computes DequantizeLinear anew for every input, and a cast and a product of
+constants once, when it loads a file: weights that no int8 kernel reads are written as the latter. A table of which
+rows are looked up stays bytes. It has no int8 kernel for a Gemm with a float output, but one for MatMul.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class ONNXRuntime(Target):
         gemms_to_matmuls(network.graph)
         turn_weights(network.graph)
         complete(network, workload, lambda file: _runner(_session(file, threads=0)), every_output=True)
+        decode_once(network.graph)
         onnx_ir.save(network, folder / "model.onnx")
         try:
             _session(folder / "model.onnx", threads=1)
@@ -161,6 +163,47 @@ def turn_weights(graph: Any) -> None:
         steps.append(onnx_ir.node("DequantizeLinear", [turned, source.inputs[1]], {"axis": axis}))
         _replace(graph, node, steps)
     _drop_unused(graph)
+
+
+def decode_once(graph: Any) -> None:
+    """DequantizeLinear(codes) becomes Cast(codes) times scales where no int8 kernel reads the codes."""
+    import onnx_ir
+
+    for node in list(graph):
+        codes, scales = (*node.inputs, None, None)[:2]
+        if node.op_type != "DequantizeLinear" or len(node.inputs) > 2 or _read_beside_codes(node):
+            continue
+        source = codes.producer()  # a matrix that is stored as another operator reads it
+        stored = source.inputs[0].const_value if source is not None else codes.const_value
+        if stored is None or (source is not None and source.op_type != "Transpose"):
+            continue
+        sizes = list(stored.shape) if source is None else list(stored.shape)[::-1]
+        wide, axis = scales.const_value.numpy(), node.attributes.get_int("axis", 1)
+        block = node.attributes.get_int("block_size", 0)
+        apart = [sizes[0], -1, block] if block else [size if at == axis else 1 for at, size in enumerate(sizes)]
+        wide = wide[..., None] if block else wide.reshape(apart if wide.ndim else [])
+        wide = constant(graph, f"{scales.name}.of{'x'.join(map(str, wide.shape))}", wide)
+        steps = [onnx_ir.node("Cast", [codes], {"to": scales.dtype})]
+        if block:
+            steps.append(_reshaped(graph, steps[-1].outputs[0], apart))
+        steps.append(onnx_ir.node("Mul", [steps[-1].outputs[0], wide]))
+        if block:
+            steps.append(_reshaped(graph, steps[-1].outputs[0], sizes))
+        _replace(graph, node, steps)
+    _drop_unused(graph)
+
+
+def _reshaped(graph: Any, value: Any, sizes: list[int]) -> Any:
+    import onnx_ir
+
+    shape = constant(graph, f"shape.{'x'.join(map(str, sizes))}", np.array(sizes))
+    return onnx_ir.node("Reshape", [value, shape])
+
+
+def _read_beside_codes(node: Any) -> bool:
+    """Whether what a node decodes meets a rounded activation, so that an int8 kernel may read the codes of both."""
+    meets = [value for reader in readers(node.outputs[0]) for value in reader.inputs if value is not None]
+    return any(is_decoded(value) and value.producer().inputs[0].producer() is not None for value in meets)
 
 
 def _has_scaled_rows(node: Any) -> bool:

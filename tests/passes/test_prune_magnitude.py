@@ -9,7 +9,7 @@ from torch import nn
 from featherweight import targets
 from featherweight.encodings import Affine, Masked, affine_scale
 from featherweight.errors import RecipeError
-from featherweight.masks import largest
+from featherweight.masks import largest, largest_of_all
 from featherweight.passes.distill_soft import DistillSoft
 from featherweight.passes.prune_magnitude import PruneMagnitude
 from featherweight.passes.quantize_weights import QuantizeWeights
@@ -65,19 +65,33 @@ def test_it_loses_where_small_weights_read_loud_inputs():
 
 
 def test_layers_give_equally_or_compete():
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 10))
     with torch.no_grad():
-        model[0].weight.uniform_(1, 2)
+        model[0].weight.normal_().pow_(5)  # a few say almost everything
         model[1].weight.uniform_(3, 4)
     workload = workload_of(model, torch.randn(2, 10))
     each = PruneMagnitude(share=0.5).apply(copy.deepcopy(model), workload)
     assert (zeros(each[0]), zeros(each[1])) == (0.5, 0.5)
     with recording() as coverage:
-        all_ = PruneMagnitude(share=0.4, scope="global").apply(copy.deepcopy(model), workload)
-    assert zeros(all_[0]) == pytest.approx(0.8)
+        all_ = PruneMagnitude(share=0.3, scope="global").apply(copy.deepcopy(model), workload)
+    assert zeros(all_[0]) == pytest.approx(0.6)
     assert zeros(all_[1]) == 0.0
-    assert coverage.done == [("0", "80% zeros")]
+    assert coverage.done == [("0", "60% zeros")]
     assert coverage.left == [("1", "its weights are all larger than those that go")]
+
+
+def test_no_layer_goes_whole_for_the_unit_that_its_weights_are_in():
+    """By magnitude alone the second layer would be next to nothing but zeros."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)).eval()
+    with torch.no_grad():
+        model[1].weight *= 0.001
+    workload = workload_of(model, torch.randn(64, 32))
+    pruned = PruneMagnitude(share=0.5, scope="global").apply(copy.deepcopy(model), workload)
+    assert zeros(pruned[0]) == pytest.approx(0.5, abs=0.1) and zeros(pruned[1]) == pytest.approx(0.5, abs=0.1)
+    masked = largest_of_all([layer.weight.detach().abs() for layer in model], 0.5)
+    assert masked[0].float().mean() > 0.99 and masked[1].float().mean() < 0.01
 
 
 def test_pruning_again_counts_the_zeros_that_there_are():

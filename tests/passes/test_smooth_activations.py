@@ -8,11 +8,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from featherweight.errors import LayerError, RecipeError
+from featherweight.hooks import (
+    watch_inputs,
+)
 from featherweight.passes.fold_batchnorm import FoldBatchnorm
 from featherweight.passes.quantize_static import QuantizeStatic
 from featherweight.passes.smooth_activations import SmoothActivations
 from featherweight.recipe import Recipe, compress_model
-from featherweight.surgery import recording, watch_inputs
+from featherweight.surgery import (
+    recording,
+)
 from featherweight.testing import networks, run
 from featherweight.workload import Workload
 
