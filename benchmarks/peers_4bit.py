@@ -64,7 +64,7 @@ class Blocks(nn.Module):
         return self.net(input_ids, use_cache=False).last_hidden_state
 
 
-def ours(name: str) -> Quantize:
+def ours(name: str, **settings: object) -> Quantize:
     def quantize(model: nn.Module, windows: Tensor, block: int, _: Path) -> dict[str, Tensor]:
         from featherweight.passes import build
         from featherweight.workload import Workload
@@ -72,7 +72,7 @@ def ours(name: str) -> Quantize:
         net = Blocks(model)
         batches = [(window,) for window in windows.split(1)]
         workload = Workload(net, (windows[:1, :16],), batches, score=lambda predict: 0.0)
-        build(name, {"bits": 4, "block": block, "where": "*_proj"}, name).apply(net, workload)
+        build(name, {"bits": 4, "block": block, "where": "*_proj", **settings}, name).apply(net, workload)
         return {}
 
     return quantize
@@ -162,6 +162,7 @@ CONTENDERS: dict[str, tuple[str, Quantize]] = {  # by name: the environment, "" 
     "quantize_awq": ("", ours("quantize_awq")),
     "quantize_hqq": ("", ours("quantize_hqq")),
     "quantize_weights": ("", ours("quantize_weights")),
+    "quantize_weights, offsets": ("", ours("quantize_weights", offset=True)),
     "original": ("", nothing),
     "hqq": ("hqq", hqq),
     "llm-compressor": ("llm-compressor", llm_compressor),
@@ -254,6 +255,7 @@ def run(name: str, arguments: argparse.Namespace) -> dict[str, float] | None:
         python = interpreter(CONTENDERS[name][0], arguments.environments)
         command = [python, __file__, name, "--contend", "--scratch", str(scratch), "--block", str(arguments.block)]
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(arguments.threads)}
+        environment["GPTQMODEL_CPU_WORKERS"] = "2"  # it refuses fewer, which it takes by default on two cores
         with (scratch / f"{name}.log").open("w") as log:
             subprocess.run(command, check=True, env=environment, stdout=log, stderr=subprocess.STDOUT)
     except (subprocess.CalledProcessError, OSError) as error:

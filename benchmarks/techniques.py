@@ -58,9 +58,14 @@ STRENGTHS: dict[str, list[dict[str, Any]]] = {
     "factorize_svd": [{"share": 0.7}, {"share": 0.5}, {"share": 0.5, "whiten": False}],
     "factorize_tucker": [{"share": 0.7}, {"share": 0.5}],
     "quantize_static": [{"range": "mse"}, {"range": "minmax"}],
-    "quantize_weights": [{"bits": 8}, {"bits": 4}, {"bits": 4, "block": 64}, {"bits": 3, "block": 64}],
+    "quantize_weights": [
+        {"bits": 8},
+        {"bits": 4},
+        *({"bits": bits, "block": 64} for bits in (4, 3)),
+        {"bits": 4, "block": 64, "offset": True},
+    ],
     "quantize_gptq": [{"bits": 4, "block": 64}, {"bits": 3, "block": 64}],
-    "quantize_hqq": BITS,
+    "quantize_hqq": [*BITS, {"bits": 4, "offset": False}],
     "quantize_awq": BITS,
     "quantize_autoround": [{"bits": 4, "block": 64}, {"bits": 3, "block": 64}],
     "quantize_fixed": [{"bits": 8}, {"bits": 6}],
@@ -162,7 +167,8 @@ def packed(model: nn.Module) -> int:
     """Bytes of all weights: each code at its own width, zeros in a bitmap where that is smaller; tables and scales."""
     encoded = encodings(model).values()
     total = sum(_packed(e.decode(), getattr(e, "bits", e.bits_per_weight)) for e in encoded)
-    beside = sum(b.nbytes for e in encoded for name, b in e.named_buffers() if name in ("scale", "table", "columns"))
+    others = ("scale", "offset", "table", "columns")
+    beside = sum(b.nbytes for e in encoded for name, b in e.named_buffers() if name in others)
     return total + beside + sum(p.nbytes for p in model.parameters())
 
 

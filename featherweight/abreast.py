@@ -2,78 +2,50 @@
 
 A pass that rounds layer after layer, each by what it reads from those rounded before it, needs what a layer reads in
 all batches before any run goes on beyond it. Running the network anew for each layer costs its depth squared. Here
-every batch has a run of its own, in a thread of its own, that waits where a watched layer is about to be called. One
-thread works at a time, so nothing is faster than one run after the other and nothing hangs on chance; what it costs
-is that the activations of all batches that are still needed are held at the same time.
+every batch has a run of its own that stops where a watched layer is about to be called. Runs are greenlets: one thread
+works on them by turns, for with a thread for each the buffers of the matrix library would be there as often. What it
+costs is that the activations of all batches that are still needed are held at the same time.
 """
 
 from __future__ import annotations
 
-import threading
+import contextvars
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
+from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from featherweight import memory
-from featherweight.hooks import (
-    watching,
-)
+from featherweight.hooks import watching
 from featherweight.workload import Batch, call
 
 
-class _Stopped(BaseException):
-    """The run is not wanted any more; no network that catches exceptions is to catch it."""
-
-
-class _Run(threading.Thread):
+class _Run(greenlet):
     """One run of a network on one batch, which goes on only while `advance` waits for it."""
 
     def __init__(self, model: nn.Module, batch: Batch) -> None:
-        super().__init__(daemon=True)
+        super().__init__()
+        self.gr_context = contextvars.copy_context()
         self.model, self.batch = model, batch
         self.at: tuple[str, Tensor] | None = None  # the layer before which it waits, and what that will read
-        self.error: BaseException | None = None
-        self._go, self._waits = threading.Semaphore(0), threading.Semaphore(0)
-        self._stopped = False
 
     def run(self) -> None:
-        try:
-            self._wait()
-            with torch.no_grad():  # each thread has a mode of its own
-                call(self.model, self.batch)
-        except _Stopped:
-            pass
-        except BaseException as error:
-            self.error = error
-        self.at = None
-        self._waits.release()
+        call(self.model, self.batch)
 
     def pause(self, name: str, x: Tensor) -> None:
         """Called by the run itself where it is about to call the layer `name`."""
-        self.at = (name, x)
-        self._waits.release()
-        self._wait()
-        self.at = None  # the input may be gone before the next layer is reached
-
-    def _wait(self) -> None:
-        self._go.acquire()
-        if self._stopped:
-            raise _Stopped
+        assert self.parent is not None
+        graded, self.at = torch.is_grad_enabled(), (name, x)
+        self.parent.switch()
+        torch.set_grad_enabled(graded)  # the mode is the thread's, and other runs have been there
 
     def advance(self) -> None:
         """Lets it run on to the next layer that is watched, or to its end."""
-        self._go.release()
-        self._waits.acquire()
-        if self.error is not None:
-            raise self.error
-
-    def stop(self) -> None:
-        if self.is_alive():
-            self._stopped = True
-            self._go.release()
-            self.join()
+        self.at = None  # the input may be gone before the next layer is reached
+        with torch.no_grad():
+            self.switch()
 
 
 def abreast(
@@ -87,20 +59,19 @@ def abreast(
     """
 
     def pause(name: str, x: Tensor) -> None:
-        run = threading.current_thread()
+        run = getcurrent()
         assert isinstance(run, _Run), "a network that calls its layers in threads of its own cannot be watched so"
         run.pause(name, x)
 
     runs = [_Run(model, batch) for batch in batches]
-    with watching(layers, pause), memory.in_one_arena():
+    with watching(layers, pause):
         try:
             for run in runs:
-                run.start()
                 run.advance()
             while waiting := [(run, *run.at) for run in runs if run.at is not None]:
-                memory.give_back()
                 name = waiting[0][1]
                 here = [run for run, other, _ in waiting if other == name]
+                memory.give_back()
                 yield name, [x for _, other, x in waiting if other == name]
                 waiting.clear()  # it would hold what the layer has read
                 with parametrize.cached():  # an encoded weight is decoded once for all of them
@@ -108,4 +79,4 @@ def abreast(
                         run.advance()
         finally:
             for run in runs:
-                run.stop()
+                run.throw()

@@ -5,8 +5,8 @@ computed from what is really stored. The dense original is gone. Each encoding d
 library `featherweight`, which survives `torch.export`, so that a target sees what is stored and not what was
 computed from it. Which scale or code is best is a pass's affair; which layer carries it, `surgery`'s.
 
-`Affine`:  ŵ = s · q,  q whole of 2 to 8 bits, −2^(b−1) ≤ q < 2^(b−1), one s per tensor, per slice of an axis or per
-block (Jacob et al. 2018, arXiv:1712.05877, equation 1, with zero point 0).
+`Affine`:  ŵ = s · q (+ m where there are offsets),  q whole of 2 to 8 bits, −2^(b−1) ≤ q < 2^(b−1), one s (and m) per
+tensor, per slice of an axis or per block (Jacob et al. 2018, arXiv:1712.05877, equation 1; m = −s · z).
 `Codebook`:  ŵ = t[q], one table t for all weights or one for each index of axis 0
 (Han, Mao, Dally 2016, arXiv:1510.00149, section 3.1).
 `Companded`:  ŵ = s · sign(q) · g(|q| / (2^(b−1) − 1)), g the inverse of the curve whose values are stored, one s per
@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int8, Int64, Shaped, UInt8
@@ -27,6 +29,9 @@ from torch import Tensor, nn
 
 PACKED_BITS = 4  # codes of so many bits or fewer are stored two to a byte, others one
 SMALLEST_BLOCK = 16  # weights; below it the scales weigh more than the codes save
+SPREAD = 1e-3  # of codes, squared and summed: less is none
+ALTERNATIONS = 8
+PART = 1 << 16  # numbers, of which a few copies fit into a processor's cache
 
 # ------------------------------------------------------------------------------------------------ operators
 
@@ -209,11 +214,13 @@ class Affine(Encoding):
 
     Where `mask` is given, weights outside it stay zero through training. It is not stored: codes say zero already.
     Where `columns` is given, (in,), what is decoded is multiplied by it along dimension 1, at the price of a
-    multiplication wherever the runtime decodes the weight.
+    multiplication wherever the runtime decodes the weight. Where `offset` is given, of the shape of `scale`, it is what
+    code 0 stands for, and no weight is zero but by chance: it does not go with a mask.
     """
 
     codes: Tensor
     scale: Tensor
+    offset: Tensor | None
     columns: Tensor | None
     mask: Tensor | None
 
@@ -225,6 +232,7 @@ class Affine(Encoding):
         bits: int,
         axis: int = 0,
         block: int = 0,
+        offset: Tensor | None = None,
         columns: Tensor | None = None,
     ) -> None:
         """Codes are the nearest to `dense` on the grid of `scale`; see `dequantize` for the shapes."""
@@ -232,6 +240,7 @@ class Affine(Encoding):
         self.bits, self.axis, self.block = bits, axis, block
         self.shape = tuple(dense.shape)
         self.register_buffer("scale", scale.detach().clone())
+        self.register_buffer("offset", None if offset is None else offset.detach().clone())
         wide = None if columns is None else columns.detach().view(1, -1, *[1] * (dense.dim() - 2)).clone()
         self.register_buffer("columns", wide)
         self.register_buffer("codes", torch.empty(0, dtype=torch.int8))
@@ -239,34 +248,42 @@ class Affine(Encoding):
         self.store(dense.detach())
 
     def _round(self, dense: Tensor) -> Tensor:
-        scales = spread(self.scale, self.shape, self.axis, self.block)
         kept = dense if self.mask is None else dense * self.mask
-        kept = kept if self.columns is None else kept / self.columns
-        return (grouped(kept, self.block) / scales).round_().clamp_(*grid(self.bits))
+        kept = grouped(kept if self.columns is None else kept / self.columns, self.block)
+        kept = kept if self.offset is None else kept - self._spread(self.offset)
+        return (kept / self._spread(self.scale)).round_().clamp_(*grid(self.bits))
+
+    def _spread(self, scale: Tensor) -> Tensor:
+        return spread(scale, self.shape, self.axis, self.block)
 
     def store(self, dense: Tensor) -> None:
         codes = self._round(dense).to(torch.int8).reshape(self.shape).contiguous()
         self.codes = pack4(codes) if self.bits <= PACKED_BITS else codes
 
     def project(self, dense: Tensor) -> Tensor:
-        scales = spread(self.scale, self.shape, self.axis, self.block)
-        rounded = self._round(dense).mul_(scales).reshape(self.shape)
-        return rounded if self.columns is None else rounded * self.columns
+        return self._finished(self._round(dense).mul_(self._spread(self.scale)).reshape(self.shape))
 
     def decode(self) -> Tensor:
         dense = torch.ops.featherweight.dequantize(
             self.codes, self.scale, list(self.shape), self.axis, self.block, self.bits
         )
+        return self._finished(dense)
+
+    def _finished(self, dense: Tensor) -> Tensor:
+        """Codes times their scales with all that comes after."""
+        if self.offset is not None:
+            dense = (grouped(dense, self.block) + self._spread(self.offset)).reshape(self.shape)
         return dense if self.columns is None else dense * self.columns
 
     @property
     def bits_per_weight(self) -> float:
-        stored = [tensor for tensor in (self.codes, self.scale, self.columns) if tensor is not None]
+        stored = [tensor for tensor in (self.codes, self.scale, self.offset, self.columns) if tensor is not None]
         return 8 * sum(tensor.nbytes for tensor in stored) / max(1, torch.Size(self.shape).numel())
 
     def describe(self) -> str:
         grain = f"blocks of {self.block}" if self.block else "per tensor" if self.axis < 0 else "per channel"
-        return f"int{self.bits} {grain}{'' if self.columns is None else ', columns scaled'}"
+        beside = f"{'' if self.offset is None else ' with offsets'}{'' if self.columns is None else ', columns scaled'}"
+        return f"int{self.bits} {grain}{beside}"
 
 
 class InputQuantizer(nn.Module):
@@ -331,19 +348,43 @@ def affine_scale(
         search: whether to search.
     """
     rows = _rows(dense, axis, block)
-    low, top = grid(bits)
-    full = rows.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny * 256) / top
-    best = full
-    if search:
-        error = _rounding_error(rows, full, low, top)
-        smaller = 0.015 if bits >= 4 else 0.0225
-        for step in range(1, 41):
-            scale = full * (1 - smaller * step)
-            trial = _rounding_error(rows, scale, low, top)
-            best = torch.where(trial < error, scale, best)
-            error = torch.minimum(error, trial)
-    scales = best.squeeze(-1)
+    form = partial(closest_scale, bits=bits) if search else partial(covering_scale, bits=bits)
+    scales = in_parts(rows, form).squeeze(-1)
     return scales.reshape(()) if axis < 0 else scales
+
+
+def in_parts(
+    rows: Float[Tensor, "*rows n"], found: Callable[[Float[Tensor, "_ n"]], Float[Tensor, "_ k"]]
+) -> Float[Tensor, "*rows k"]:
+    """What is `found` of each row, of some rows at a time, so that what it takes stays in a processor's cache."""
+    parts = rows.reshape(-1, rows.shape[-1]).split(max(1, PART // max(1, rows.shape[-1])))
+    return torch.cat([found(part) for part in parts]).reshape(*rows.shape[:-1], -1)
+
+
+def covering_scale(rows: Float[Tensor, "rows n"], bits: int) -> Float[Tensor, "rows 1"]:
+    """The smallest scale of each row with which nothing is clipped.
+
+    >>> covering_scale(torch.tensor([[3.5, -7.0]]), bits=4)
+    tensor([[1.]])
+    """
+    return rows.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny * 256) / grid(bits)[1]
+
+
+def closest_scale(rows: Float[Tensor, "rows n"], bits: int) -> Float[Tensor, "rows 1"]:
+    """That with the least squared error, of the covering one and 40 smaller ones.
+
+    >>> closest_scale(torch.tensor([[3.5] * 99 + [-7.0]]), bits=2)
+    tensor([[3.5350]])
+    """
+    best = full = covering_scale(rows, bits)
+    error = _rounding_error(rows, full, bits)
+    smaller = 0.015 if bits >= 4 else 0.0225
+    for step in range(1, 41):
+        scale = full * (1 - smaller * step)
+        trial = _rounding_error(rows, scale, bits)
+        best = torch.where(trial < error, scale, best)
+        error = torch.minimum(error, trial)
+    return best
 
 
 def _rows(dense: Tensor, axis: int, block: int) -> Tensor:
@@ -353,8 +394,64 @@ def _rows(dense: Tensor, axis: int, block: int) -> Tensor:
     return grouped(dense, block) if block else dense.movedim(axis, 0).flatten(1)
 
 
-def _rounding_error(rows: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-    return ((torch.clamp(torch.round(rows / scale), low, high) * scale - rows) ** 2).sum(-1, keepdim=True)
+def line(
+    x: Float[Tensor, "rows n"], y: Float[Tensor, "rows n"], through_zero: bool
+) -> tuple[Float[Tensor, "rows 1"], Float[Tensor, "rows 1"]]:
+    """Slope and intercept of the line through the points of each row with the least squared error; slope 0 for one x.
+
+    >>> line(torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[1.0, 3.0, 5.0]]), through_zero=False)
+    (tensor([[2.]]), tensor([[1.]]))
+    """
+    count = 1 if through_zero else x.shape[1]
+    across, up = (torch.zeros(()), torch.zeros(())) if through_zero else (x.mean(1, True), y.mean(1, True))
+    spread = (x.square().sum(1, True) - count * across.square()).clamp(min=SPREAD)
+    slope = ((x * y).sum(1, True) - count * across * up) / spread
+    return slope, (up - slope * across).expand_as(slope)
+
+
+def spanning_grid(rows: Float[Tensor, "rows n"], bits: int) -> Float[Tensor, "rows 2"]:
+    """Scale and offset of the grid of each row from its smallest to its largest number.
+
+    >>> spanning_grid(torch.tensor([[1.0, 16.0]]), bits=4)
+    tensor([[1., 9.]])
+    """
+    (low, top), (smallest, largest) = grid(bits), rows.aminmax(dim=-1, keepdim=True)
+    scale = ((largest - smallest) / (top - low)).clamp(min=torch.finfo(torch.float32).tiny * 256)
+    return torch.cat([scale, smallest - low * scale], -1)
+
+
+def on_grid(rows: Float[Tensor, "rows n"], found: Float[Tensor, "rows 2"], bits: int) -> Float[Tensor, "rows n"]:
+    """Each number at the nearest place of its row's grid, a scale and an offset.
+
+    >>> on_grid(torch.tensor([[1.4, 15.6]]), torch.tensor([[1.0, 9.0]]), bits=4)
+    tensor([[ 1., 16.]])
+    """
+    scale, offset = found[:, :1], found[:, 1:]
+    return ((rows - offset) / scale).round_().clamp_(*grid(bits)).mul_(scale).add_(offset)
+
+
+def closest_grid(rows: Float[Tensor, "rows n"], bits: int) -> Float[Tensor, "rows 2"]:
+    """Scale and offset of each row with next to the least squared error.
+
+    They follow from the codes and the codes from them by turns, from the grid that spans all; where that ends further
+    off than the closest symmetric grid, it is that.
+    """
+    symmetric = closest_scale(rows, bits)
+    best = torch.cat([symmetric, torch.zeros_like(symmetric)], -1)
+    least = _rounding_error(rows, symmetric, bits)
+    found = spanning_grid(rows, bits)
+    for _ in range(ALTERNATIONS):
+        met = on_grid(rows, found, bits)
+        error = (met - rows).square_().sum(-1, keepdim=True)
+        best, least = torch.where(error < least, found, best), torch.minimum(error, least)
+        scale, offset = found[:, :1], found[:, 1:]
+        slope, intercept = line(met.sub_(offset).div_(scale), rows, through_zero=False)
+        found = torch.cat([torch.where(slope > 0, slope, scale), intercept], -1)
+    return best
+
+
+def _rounding_error(rows: Tensor, scale: Tensor, bits: int) -> Tensor:
+    return (rows / scale).round_().clamp_(*grid(bits)).mul_(scale).sub_(rows).square_().sum(-1, keepdim=True)
 
 
 class Masked(Encoding):

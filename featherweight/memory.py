@@ -1,7 +1,7 @@
 """What becomes of freed memory, where the C library is glibc; elsewhere nothing is changed.
 
-glibc keeps freed memory in arenas, several where there are threads, and gives large pieces back at once. The one is
-too much where many threads take turns, the other too little where the same tensors are made over and over.
+glibc keeps small pieces for those who ask next, and gives large ones back at once. The one is too much where little
+of what was held is needed again, the other too little where the same tensors are made over and over.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 
-MMAP_MAX, TRIM_THRESHOLD, ARENA_MAX = -4, -1, -8  # of mallopt
+MMAP_MAX, TRIM_THRESHOLD = -4, -1  # of mallopt
 
 
 @cache
@@ -34,20 +34,6 @@ def keeping() -> Iterator[None]:
     finally:
         glibc.mallopt(MMAP_MAX, 65536)
         glibc.mallopt(TRIM_THRESHOLD, 2**17)
-        give_back()
-
-
-@contextlib.contextmanager
-def in_one_arena() -> Iterator[None]:
-    """Threads that begin inside the block free into one arena, where what one leaves the next one takes."""
-    if (glibc := _glibc()) is None:
-        yield
-        return
-    glibc.mallopt(ARENA_MAX, 1)
-    try:
-        yield
-    finally:
-        glibc.mallopt(ARENA_MAX, 0)  # as many as there are by default
         give_back()
 
 

@@ -46,6 +46,10 @@ from featherweight.encodings import (
     InputQuantizer,
     Scaled,
     affine_scale,
+    fitting_block,
+    grouped,
+    in_parts,
+    spanning_grid,
 )
 from featherweight.errors import LayerError, SettingError, TargetError
 from featherweight.passes import Pass
@@ -378,6 +382,12 @@ class PassContract:
 # ------------------------------------------------------------------------------------------------ targets
 
 
+def _with_offsets(weight: Tensor, bits: int, block: int) -> Affine:
+    block = fitting_block(weight[0].numel(), block)
+    found = in_parts(grouped(weight, block) if block else weight.flatten(1), partial(spanning_grid, bits=bits))
+    return Affine(weight, found[..., 0], bits=bits, axis=0, block=block, offset=found[..., 1])
+
+
 def _affine(weight: Tensor, bits: int, block: int = 0) -> Affine:
     block = block if block and weight[0].numel() % block == 0 else 0
     return Affine(weight, affine_scale(weight, bits, 0, block), bits=bits, axis=0, block=block)
@@ -409,6 +419,7 @@ def _scaled(weight: Tensor, narrow: str, most: float) -> Scaled:
 FORMS: dict[str, tuple[float, Callable[[Tensor], Encoding]]] = {
     **{f"int{b}": (0.2 if b <= 4 else 0.3, partial(_affine, bits=b)) for b in range(2, 9)},
     **{f"int{b} blocks": (0.25 if b <= 4 else 0.35, partial(_affine, bits=b, block=16)) for b in (3, 4, 6)},
+    "int4 blocks, offsets": (0.35, lambda weight: _with_offsets(weight, 4, 16)),
     "codebook of 16": (0.2, lambda weight: _codebook(weight, 16)),
     "codebook of 200": (0.3, lambda weight: _codebook(weight, 200)),
     "codebook per channel": (0.2, lambda weight: _codebooks(weight, 16)),

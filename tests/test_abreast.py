@@ -1,12 +1,12 @@
 """Runs side by side: every layer is met once, with what all batches bring to it."""
 
-import threading
+import gc
 
 import pytest
 import torch
 from torch import nn
 
-from featherweight.abreast import abreast
+from featherweight.abreast import _Run, abreast
 
 
 def network() -> nn.Sequential:
@@ -57,8 +57,32 @@ def test_batches_that_take_different_ways_all_arrive():
     assert found == [("a", [1, 3, 2]), ("c", [1]), ("b", [3, 2]), ("c", [3, 2])]
 
 
-def left_behind() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if type(thread).__name__ == "_Run"]
+class Moody(nn.Module):
+    """Calls its second layer with gradients recorded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.a(x)
+        with torch.enable_grad():
+            self.recorded = self.b(x).requires_grad
+        return self.b(x)
+
+
+def test_runs_do_not_meddle_with_what_others_record():
+    model, modes = Moody(), []
+    for _ in abreast(model, watched(model), BATCHES):
+        modes.append((torch.is_grad_enabled(), getattr(model, "recorded", None)))
+    assert modes == [(True, None), (True, None), (True, True)]
+    assert torch.is_grad_enabled()
+
+
+def left_behind() -> list[_Run]:
+    """Runs that have begun and not ended."""
+    gc.collect()
+    return [run for run in gc.get_objects() if type(run) is _Run and run]
 
 
 def test_who_stops_asking_ends_all_runs():

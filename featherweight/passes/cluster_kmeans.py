@@ -32,18 +32,9 @@ from featherweight.hooks import (
     watch_inputs,
 )
 from featherweight.passes import Pass
+from featherweight.passes._storing import Group, chosen, weight_of
 from featherweight.settings import Choice, Range
-from featherweight.surgery import (
-    WEIGHTED,
-    RecurrentWeight,
-    dense_of,
-    encode_smaller,
-    encoding_of,
-    groups_by_weight,
-    leave_others,
-    refuse_quantized,
-    select,
-)
+from featherweight.surgery import WEIGHTED, encode_smaller, encoding_of
 from featherweight.workload import Workload
 
 SAMPLE = 64  # values of a row for each that the start draws from among them: more change it little and take long
@@ -165,20 +156,18 @@ class ClusterKmeans(Pass):
     table: Annotated[str, Choice("float32", "float16", "int8")] = "float32"
 
     def apply(self, model: nn.Module, workload: Workload) -> nn.Module:
-        layers = select(model, self.where, (*WEIGHTED, nn.Embedding, RecurrentWeight))
-        refuse_quantized(layers, self.name())
+        groups = chosen(self, model)
+        layers = {name: layer for group in groups for name, layer in group.items()}
         heard = {name: layer for name, layer in layers.items() if isinstance(layer, WEIGHTED)}
         energies = _energies(model, heard, workload) if self.weighted and heard else {}
 
-        def codebook(group: Mapping[str, nn.Module]) -> Codebook:
-            layer = next(iter(group.values()))
-            pruned = isinstance(encoding_of(layer), Masked)
-            weight = dense_of(layer)
+        def codebook(group: Group) -> Codebook:
+            pruned = isinstance(encoding_of(next(iter(group.values()))), Masked)
+            weight = weight_of(group)
             table = self._table(weight, _counts(weight, group, energies), pruned)
             return Codebook(weight, *stored_as(self.table, table))
 
-        encode_smaller(groups_by_weight(model, layers), codebook, self.name())
-        leave_others(model, self.where, layers, self.name())
+        encode_smaller(groups, codebook, self.name())
         return model
 
     def _table(self, weight: Tensor, counts: Tensor, pruned: bool) -> Float[Tensor, "tables values"]:

@@ -20,7 +20,6 @@ Journal 36, pages 653 to 709.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -31,20 +30,11 @@ from torch import Tensor, nn
 
 from featherweight.encodings import Companded, magnitudes
 from featherweight.passes import Pass
+from featherweight.passes._storing import Group, chosen, weight_of
 from featherweight.settings import Choice
-from featherweight.surgery import (
-    WEIGHTED,
-    RecurrentWeight,
-    dense_of,
-    encode_smaller,
-    groups_by_weight,
-    leave_others,
-    refuse_quantized,
-    select,
-)
+from featherweight.surgery import encode_smaller
 from featherweight.workload import Workload
 
-KINDS = (*WEIGHTED, nn.Embedding, RecurrentWeight)
 STRENGTHS = {"mu": (2.0, 5.0, 20.0, 100.0), "power": (1.5, 2.0, 3.0), "log": (4.0, 7.0, 12.0)}
 SIZES = (1.0, 0.9, 0.8, 0.7, 0.6)  # of the scale, as shares of the largest weight: beyond it weights are clipped
 
@@ -90,14 +80,11 @@ class CompandWeights(Pass):
     curve: Annotated[str, Choice("auto", "mu", "power", "log")] = "auto"
 
     def apply(self, model: nn.Module, workload: Workload) -> nn.Module:
-        layers = select(model, self.where, KINDS)
-        refuse_quantized(layers, self.name())
-        encode_smaller(groups_by_weight(model, layers), self._encoding, self.name())
-        leave_others(model, self.where, layers, self.name())
+        encode_smaller(chosen(self, model), self._encoding, self.name())
         return model
 
-    def _encoding(self, group: Mapping[str, nn.Module]) -> Companded:
-        weight = dense_of(next(iter(group.values())))
+    def _encoding(self, group: Group) -> Companded:
+        weight = weight_of(group)
         ordered = weight.double().abs().flatten(1).sort(dim=1).values  # in double, for small differences of large sums
         least, chosen = torch.inf, None
         for curve in STRENGTHS if self.curve == "auto" else (self.curve,):

@@ -32,19 +32,17 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from featherweight.encodings import Affine, affine_scale, fitting_block, grid
+from featherweight.encodings import grid
 from featherweight.gram import Gram, grams, parts
 from featherweight.passes import Pass
-from featherweight.passes._rounding import (
+from featherweight.passes._storing import (
     READING,
     Group,
-    by_matrices,
     chosen,
     looked_up,
     read_by,
-    store,
-    weight_of,
-    why_unseen,
+    store_by_reading,
+    with_rows,
 )
 from featherweight.settings import Choice, Range
 from featherweight.workload import Workload
@@ -159,7 +157,7 @@ class QuantizeAutoround(Pass):
     steps: Annotated[int, Range(0, 2000)] = 100
 
     def apply(self, model: nn.Module, workload: Workload) -> nn.Module:
-        groups = chosen(self, model, READING)
+        groups = with_rows(chosen(self, model, READING))
         fed = {next(iter(group)): group for group in groups if not looked_up(group)}
         for part in parts({name: group[name] for name, group in fed.items()}):
             seen = grams(model, {name: layer for first in part for name, layer in fed[first].items()}, workload)
@@ -171,14 +169,7 @@ class QuantizeAutoround(Pass):
         return model
 
     def _store(self, group: Group, gram: Gram | None) -> None:
-        """Rounds and encodes the weight of a group, by what its layers read where anything is known of it."""
-        weight = weight_of(group)
-        block = fitting_block(weight[0].numel(), self.block)
-        scale = affine_scale(weight, self.bits, 0, block, search=True)
-        if gram is not None:
-            weight = by_matrices(group, scale, block, gram, self._rounded)
-        encoding = Affine(weight, scale, bits=self.bits, axis=0, block=block)
-        store(group, encoding, "rounding learned" if gram else f"rounded to the nearest: {why_unseen(group)}")
+        store_by_reading(group, gram, self.bits, self.block, self._rounded, "rounding learned")
 
     def _rounded(self, weight: Tensor, scales: Tensor, hessian: Tensor, kept: Tensor | None) -> Tensor:
         return learned_rounding(weight, scales, hessian.to(weight.dtype), self.bits, self.steps, kept)

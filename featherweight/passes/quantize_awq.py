@@ -24,7 +24,17 @@ from torch import Tensor, nn
 from featherweight.encodings import Affine, affine_scale, fitting_block
 from featherweight.gram import Gram, grams
 from featherweight.passes import Pass
-from featherweight.passes._rounding import READING, Group, chosen, looked_up, read_by, store, weight_of, why_unseen
+from featherweight.passes._storing import (
+    READING,
+    Group,
+    chosen,
+    looked_up,
+    read_by,
+    store,
+    weight_of,
+    why_unseen,
+    with_rows,
+)
 from featherweight.rescaling import stretches
 from featherweight.settings import Choice, Range
 from featherweight.surgery import CONVOLUTIONS
@@ -56,7 +66,7 @@ class QuantizeAwq(Pass):
     block: Annotated[int, Choice(0, 32, 64, 128)] = 64
 
     def apply(self, model: nn.Module, workload: Workload) -> nn.Module:
-        groups = chosen(self, model, READING)
+        groups = with_rows(chosen(self, model, READING))
         stretched = {name: layer for group in groups if not _why_plain(group) for name, layer in group.items()}
         seen = grams(model, stretched, workload) if stretched else {}
         for group in groups:

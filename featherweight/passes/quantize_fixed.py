@@ -23,21 +23,10 @@ from torch import Tensor, nn
 
 from featherweight.encodings import Affine, grid
 from featherweight.passes import Pass
+from featherweight.passes._storing import chosen, store, weight_of
 from featherweight.settings import Choice, Range
-from featherweight.surgery import (
-    WEIGHTED,
-    RecurrentWeight,
-    dense_of,
-    done,
-    encode,
-    groups_by_weight,
-    leave_others,
-    refuse_quantized,
-    select,
-)
 from featherweight.workload import Workload
 
-KINDS = (*WEIGHTED, nn.Embedding, RecurrentWeight)
 CLIPPING = 6  # places beyond the largest without clipping that are tried for the least squared error
 FROM, TO = -60, 60  # places after the point, so that 2^f and its inverse are ordinary floats
 
@@ -101,16 +90,11 @@ class QuantizeFixed(Pass):
     choose: Annotated[str, Choice("error", "range")] = "error"
 
     def apply(self, model: nn.Module, workload: Workload) -> nn.Module:
-        layers = select(model, self.where, KINDS)
-        refuse_quantized(layers, self.name())
-        for group in groups_by_weight(model, layers):
-            weight = dense_of(next(iter(group.values())))
+        for group in chosen(self, model):
+            weight = weight_of(group)
             fraction = self._fraction(weight)
             encoding = Affine(weight, torch.tensor(2.0**-fraction, dtype=weight.dtype), bits=self.bits, axis=-1)
-            for name, layer in group.items():
-                encode(layer, encoding)
-                done(name, f"{encoding.describe()}, {fraction} bits after the point")
-        leave_others(model, self.where, layers, self.name())
+            store(group, encoding, f"{fraction} bits after the point")
         return model
 
     def _fraction(self, weight: Tensor) -> int:

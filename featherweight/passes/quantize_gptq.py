@@ -25,18 +25,16 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from featherweight.encodings import Affine, affine_scale, fitting_block, grid
+from featherweight.encodings import grid
 from featherweight.gram import Gram, grams_in_turn
 from featherweight.passes import Pass
-from featherweight.passes._rounding import (
+from featherweight.passes._storing import (
     READING,
     Group,
-    by_matrices,
     chosen,
     looked_up,
-    store,
-    weight_of,
-    why_unseen,
+    store_by_reading,
+    with_rows,
 )
 from featherweight.settings import Choice, Range
 from featherweight.workload import Workload
@@ -134,7 +132,7 @@ class QuantizeGptq(Pass):
     damping: Annotated[float, Range(1e-4, 1.0)] = 0.01
 
     def apply(self, model: nn.Module, workload: Workload) -> nn.Module:
-        groups = chosen(self, model, READING)
+        groups = with_rows(chosen(self, model, READING))
         fed = [group for group in groups if not looked_up(group)]
         rounded: set[str] = set()
         found = grams_in_turn(model, fed, workload) if fed else iter(())
@@ -147,15 +145,7 @@ class QuantizeGptq(Pass):
         return model
 
     def _store(self, group: Group, gram: Gram | None) -> None:
-        """Rounds and encodes the weight of a group, by what its layers read where anything is known of it."""
-        weight = weight_of(group)
-        block = fitting_block(weight[0].numel(), self.block)
-        scale = affine_scale(weight, self.bits, 0, block, search=True)
-        if gram is not None:
-            weight = by_matrices(group, scale, block, gram, self._rounded)
-        encoding = Affine(weight, scale, bits=self.bits, axis=0, block=block)
-        how = "errors fed on" if gram is not None else f"rounded to the nearest: {why_unseen(group)}"
-        store(group, encoding, how)
+        store_by_reading(group, gram, self.bits, self.block, self._rounded, "errors fed on")
 
     def _rounded(self, weight: Tensor, steps: Tensor, hessian: Tensor, kept: Tensor | None) -> Tensor:
         order = falling(hessian) if self.order else None

@@ -16,7 +16,6 @@ float8 and its scales: Micikevicius et al. 2022, arXiv:2209.05433, section 3.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -26,20 +25,10 @@ from torch import Tensor, nn
 
 from featherweight.encodings import Scaled, largest_of
 from featherweight.passes import Pass
+from featherweight.passes._storing import Group, chosen, weight_of
 from featherweight.settings import Choice
-from featherweight.surgery import (
-    WEIGHTED,
-    RecurrentWeight,
-    dense_of,
-    encode_smaller,
-    groups_by_weight,
-    leave_others,
-    refuse_quantized,
-    select,
-)
+from featherweight.surgery import encode_smaller
 from featherweight.workload import Workload
-
-KINDS = (*WEIGHTED, nn.Embedding, RecurrentWeight)
 
 
 def narrow_scale(largest: Float[Tensor, "*scales"], narrow: str) -> Float[Tensor, "*scales"]:
@@ -73,13 +62,10 @@ class ScaleWeights(Pass):
     scope: Annotated[str, Choice("tensor", "channel")] = "channel"
 
     def apply(self, model: nn.Module, workload: Workload) -> nn.Module:
-        layers = select(model, self.where, KINDS)
-        refuse_quantized(layers, self.name())
-        encode_smaller(groups_by_weight(model, layers), self._encoding, self.name())
-        leave_others(model, self.where, layers, self.name())
+        encode_smaller(chosen(self, model), self._encoding, self.name())
         return model
 
-    def _encoding(self, group: Mapping[str, nn.Module]) -> Scaled:
-        weight = dense_of(next(iter(group.values())))
+    def _encoding(self, group: Group) -> Scaled:
+        weight = weight_of(group)
         largest = weight.abs().amax() if self.scope == "tensor" else weight.abs().flatten(1).amax(1)
         return Scaled(weight, narrow_scale(largest, self.narrow), narrow=self.narrow)

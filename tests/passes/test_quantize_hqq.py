@@ -11,7 +11,8 @@ from featherweight import targets
 from featherweight.encodings import affine_scale
 from featherweight.errors import RecipeError
 from featherweight.passes.distill_soft import DistillSoft
-from featherweight.passes.quantize_hqq import QuantizeHqq, half_quadratic_scale, norm_error, shrink
+from featherweight.passes.prune_magnitude import PruneMagnitude
+from featherweight.passes.quantize_hqq import QuantizeHqq, half_quadratic, norm_error, rounded, shrink
 from featherweight.passes.quantize_weights import QuantizeWeights
 from featherweight.surgery import encoding_of, recording
 from featherweight.testing import check_export, networks
@@ -49,8 +50,24 @@ def test_closer_to_most_weights_than_covering_and_searched_scales(bits, block, s
 
 def test_it_loses_in_squared_error_which_it_does_not_seek():
     weight = heavy_tailed(0)
-    found, searched = off(QuantizeHqq(block=0), weight, 2.0), off(QuantizeWeights(bits=4), weight, 2.0)
-    assert found > 1.02 * searched
+    for offset in (True, False):
+        found = off(QuantizeHqq(block=0, offset=offset), weight, 2.0)
+        assert found > 1.02 * off(QuantizeWeights(bits=4, offset=offset), weight, 2.0)
+
+
+@pytest.mark.parametrize("bits", [4, 3])
+def test_offsets_bring_more_of_the_weights_closer(bits):
+    weight = heavy_tailed(0)
+    found = [off(QuantizeHqq(bits=bits, block=64, offset=offset), weight, 0.7) for offset in (True, False)]
+    assert found[0] < 0.95 * found[1]
+
+
+def test_pruned_weights_stay_zero():
+    workload = networks()["mlp"]
+    pruned = PruneMagnitude(share=0.5).apply(copy.deepcopy(workload.model), workload)
+    zero = pruned[0].weight == 0
+    rounded = QuantizeHqq().apply(pruned, workload)
+    assert bool((rounded[0].weight[zero] == 0).all()) and encoding_of(rounded[0]).offset is None
 
 
 def test_it_needs_no_data():
@@ -72,16 +89,20 @@ def test_shrinking_is_near_the_least_of_what_it_stands_for():
 def test_no_scale_is_worse_than_where_it_started():
     rows = heavy_tailed(1)
     start = affine_scale(rows, 4, 0).unsqueeze(1)
-    found = half_quadratic_scale(rows, start, 4, 0.5)
-    before, after = (norm_error(rows, scale, 4, 0.5) for scale in (start, found))
+    found = half_quadratic(rows, start, None, 4, 0.5)[:, :1]
+    before, after = (norm_error(rows - scale * rounded(rows, scale, 4), 0.5) for scale in (start, found))
     assert bool((after <= before).all())
     assert bool((after < before).float().mean() > 0.9)
 
 
 def test_the_size_of_weights_makes_no_difference():
     rows = heavy_tailed(2)
-    scales = [half_quadratic_scale(k * rows, k * affine_scale(rows, 4, 0).unsqueeze(1), 4, 0.7) for k in (1.0, 1024.0)]
-    torch.testing.assert_close(1024 * scales[0], scales[1])
+    start = affine_scale(rows, 4, 0).unsqueeze(1)
+    for offset in (None, 0.1 * start):
+        found = [
+            half_quadratic(k * rows, k * start, offset if offset is None else k * offset, 4, 0.7) for k in (1.0, 1024.0)
+        ]
+        torch.testing.assert_close(1024 * found[0][:, :2], found[1][:, :2])
 
 
 def test_rows_of_zeros_and_of_one_weight():
@@ -90,7 +111,7 @@ def test_rows_of_zeros_and_of_one_weight():
     with recording() as coverage:
         rounded = QuantizeHqq().apply(model, workload_of(copy.deepcopy(model), torch.randn(2, 1, 8)))
     assert bool((rounded[1].weight == 0).all())
-    assert coverage.done == [("1", "int4 blocks of 16")]
+    assert coverage.done == [("1", "int4 blocks of 16 with offsets")]
     assert coverage.left == [("0", "its rows hold one weight each: a scale would weigh more than it saves")]
 
 
@@ -106,10 +127,10 @@ def test_distillation_keeps_weights_on_the_grid():
 
 
 @pytest.mark.parametrize("target", targets.installed())
-@pytest.mark.parametrize("bits", [3, 2])
-def test_every_target_runs_it(target, bits, tmp_path):
+@pytest.mark.parametrize(("bits", "offset"), [(3, True), (2, True), (3, False)])
+def test_every_target_runs_it(target, bits, offset, tmp_path):
     workload = networks()["transformer"]
-    rounded = QuantizeHqq(bits=bits).apply(copy.deepcopy(workload.model), workload)
+    rounded = QuantizeHqq(bits=bits, offset=offset).apply(copy.deepcopy(workload.model), workload)
     check_export(targets.find(target), rounded, workload, tmp_path)
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from featherweight import targets
 from featherweight.artifact import count_parameters
 from featherweight.passes.distill_soft import DistillSoft
+from featherweight.passes.prune_magnitude import PruneMagnitude
 from featherweight.passes.quantize_weights import QuantizeWeights
 from featherweight.surgery import encoding_of, recording, thawed
 from featherweight.training import trainable
@@ -53,6 +54,24 @@ def test_bits_that_are_stored(weight, bits, block, stored):
     workload = Workload(copy.deepcopy(layer).eval(), (example,), [(example,)], lambda predict: 0.0)
     changed = QuantizeWeights(bits=bits, block=block).apply(layer, workload)
     assert encoding_of(changed[0]).bits_per_weight <= stored
+
+
+@pytest.mark.parametrize("block", [0, 32])
+def test_offsets_pay_where_weights_do_not_lie_alike_round_zero(weight, block):
+    """They never lose, and gain most where all weights of a scale lie on one side."""
+    for rows, gain in ((weight, 1.0), (weight.abs() + 5, 5.0)):
+        plain, offset = (error_of(rows, bits=4, block=block, offset=asked) for asked in (False, True))
+        assert offset <= plain / gain
+
+
+def test_weights_that_were_pruned_have_no_offset():
+    model = nn.Sequential(nn.Linear(64, 64))
+    example = torch.randn(2, 64)
+    workload = Workload(copy.deepcopy(model).eval(), (example,), [(example,)], lambda predict: 0.0)
+    pruned = PruneMagnitude(share=0.5).apply(model, workload)
+    zero = pruned[0].weight == 0
+    rounded = QuantizeWeights(bits=4, block=32, offset=True).apply(pruned, workload)
+    assert bool((rounded[0].weight[zero] == 0).all())
 
 
 def test_searching_pays_most_where_bits_are_few(weight):

@@ -1,15 +1,15 @@
-"""What the passes that round weights share: which weights, what the layers that share one read, and what is said.
+"""What the passes that store weights in another form share: which weights, what their layers read, and what is said.
 
-How a weight is rounded is each pass's own.
+In which form, and by what rule a weight is rounded, is each pass's own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor, nn
 
-from featherweight.encodings import Affine, Masked, grouped, spread
+from featherweight.encodings import Affine, Masked, affine_scale, fitting_block, grouped, spread
 from featherweight.gram import Gram
 from featherweight.passes import Pass
 from featherweight.surgery import (
@@ -32,22 +32,23 @@ KINDS = (*READING, RecurrentWeight)
 Group = Mapping[str, nn.Module]  # layers that share one weight
 
 
-def round_weights(step: Pass, model: nn.Module, rounded: Callable[[Tensor], Affine]) -> nn.Module:
-    """`model` with every weight that `step` chooses stored as `rounded` has it, without regard to data."""
-    for group in chosen(step, model, KINDS):
-        store(group, rounded(weight_of(group)))
-    return model
+def chosen(step: Pass, model: nn.Module, kinds: tuple[type[nn.Module], ...] = KINDS) -> list[dict[str, nn.Module]]:
+    """The layers of `kinds` that `step` is to store otherwise, those that share a weight together.
 
+    All else that has weights is left, and said to be.
 
-def chosen(step: Pass, model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[Group]:
-    """The layers of `kinds` that `step` is to round, those that share a weight together.
-
-    Those whose rows hold one weight each are left, and said to be, as is all that is not of `kinds`.
+    Raises:
+        LayerError, RecipeError: there are none, or one is stored in few bits already.
     """
     layers = select(model, step.where, kinds)
     refuse_quantized(layers, step.name())
     leave_others(model, step.where, layers, step.name())
-    return [group for group in groups_by_weight(model, layers) if not _too_thin(group)]
+    return groups_by_weight(model, layers)
+
+
+def with_rows(groups: Iterable[Group]) -> list[Group]:
+    """Those of whose weights a row can have a scale; others, of one weight a row, are left, and said to be."""
+    return [group for group in groups if not _too_thin(group)]
 
 
 def _too_thin(group: Group) -> bool:
@@ -62,11 +63,42 @@ def weight_of(group: Group) -> Tensor:
     return dense_of(next(iter(group.values())))
 
 
+def is_pruned(group: Group) -> bool:
+    """Whether zeros in the weight of a group are to stay zero."""
+    return isinstance(encoding_of(next(iter(group.values()))), Masked)
+
+
 def store(group: Group, encoding: Affine, how: str = "") -> None:
     """Has all layers of a group compute their weight from `encoding`, and says so."""
     for name, layer in group.items():
         encode(layer, encoding)
         done(name, f"{encoding.describe()}, {how}" if how else encoding.describe())
+
+
+def store_by_reading(
+    group: Group,
+    gram: Gram | None,
+    bits: int,
+    block: int,
+    rounded: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
+    how: str,
+) -> None:
+    """Stores the weight of a group as `rounded` has it (see `by_matrices`); to the nearest where `gram` is None.
+
+    Args:
+        gram: of what its layers read; None where nothing is known of it.
+        bits: of each weight.
+        block: how many of a row share a scale, at most; 0 for one scale per output channel.
+        rounded: as `by_matrices` calls it.
+        how: it rounds, in words.
+    """
+    weight = weight_of(group)
+    block = fitting_block(weight[0].numel(), block)
+    scale = affine_scale(weight, bits, 0, block, search=True)
+    if gram is not None:
+        weight = by_matrices(group, scale, block, gram, rounded)
+    encoding = Affine(weight, scale, bits=bits, axis=0, block=block)
+    store(group, encoding, f"rounded to the nearest: {why_unseen(group)}" if gram is None else how)
 
 
 def why_unseen(group: Group) -> str:
