@@ -137,7 +137,7 @@ def gptqmodel(model: nn.Module, windows: Tensor, block: int, network: Path) -> d
     from gptqmodel import GPTQModel, QuantizeConfig
 
     del model  # it loads its own
-    loaded = GPTQModel.load(str(network), QuantizeConfig(bits=4, group_size=block), device="cpu")
+    loaded = GPTQModel.load(str(network), QuantizeConfig(bits=4, group_size=block, offload_to_disk=False), device="cpu")
     loaded.quantize([{"input_ids": w.tolist(), "attention_mask": [1] * len(w)} for w in windows], batch_size=1)
     return LazyWeights(linear_layers(loaded.model), lambda layer: layer.dequantize_weight().T)
 
@@ -250,14 +250,15 @@ def prepare(scratch: Path, windows: int) -> None:
 
 def run(name: str, arguments: argparse.Namespace) -> dict[str, float] | None:
     """The cost of a contender; None where it failed, which is said."""
-    scratch = arguments.scratch
+    scratch, script = arguments.scratch.resolve(), str(Path(__file__).resolve())
     try:
-        python = interpreter(CONTENDERS[name][0], arguments.environments)
-        command = [python, __file__, name, "--contend", "--scratch", str(scratch), "--block", str(arguments.block)]
+        python = interpreter(CONTENDERS[name][0], arguments.environments.resolve())
+        command = [python, script, name, "--contend", "--scratch", str(scratch), "--block", str(arguments.block)]
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(arguments.threads)}
         environment["GPTQMODEL_CPU_WORKERS"] = "2"  # it refuses fewer, which it takes by default on two cores
         with (scratch / f"{name}.log").open("w") as log:
-            subprocess.run(command, check=True, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            # where they may leave what they like
+            subprocess.run(command, check=True, cwd=scratch, env=environment, stdout=log, stderr=subprocess.STDOUT)
     except (subprocess.CalledProcessError, OSError) as error:
         print(f"{name} failed: {error}; see {scratch / f'{name}.log'}", file=sys.stderr, flush=True)
         return None
