@@ -88,7 +88,9 @@ What each pass does by itself to the networks of `examples/`, without a search. 
 95 % interval of the drop of the score, `MB` the smallest file of the targets, `packed MB` what the weights would take
 with codes at their own width and zeros in a bitmap, `×` how many times faster than the eager fp32 original (batch 1, 2
 threads; – where it was not timed or cannot run), `seconds` those that the pass took, which are rough: the long part may
-run beside other work. Batch norms are folded first where weights are changed.
+run beside other work. Rows of one table may have been timed on different days, between which that ratio of one and the
+same file moved by a third; so compare the columns of a row, and rows only where they differ by more. Batch norms are
+folded first where weights are changed.
 """
 
 
