@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 PACKED_BITS = 4  # codes of so many bits or fewer are stored two to a byte, others one
 SMALLEST_BLOCK = 16  # weights; below it the scales weigh more than the codes save
-SPREAD = 1e-3  # of codes, squared and summed: less is none
+LEAST_APART = 1e-3  # codes of a row from their mean, squared and summed: those that are alike give no slope
 ALTERNATIONS = 8
 PART = 1 << 16  # numbers, of which a few copies fit into a processor's cache
 
@@ -404,8 +404,8 @@ def line(
     """
     count = 1 if through_zero else x.shape[1]
     across, up = (torch.zeros(()), torch.zeros(())) if through_zero else (x.mean(1, True), y.mean(1, True))
-    spread = (x.square().sum(1, True) - count * across.square()).clamp(min=SPREAD)
-    slope = ((x * y).sum(1, True) - count * across * up) / spread
+    apart = (x.square().sum(1, True) - count * across.square()).clamp(min=LEAST_APART)
+    slope = ((x * y).sum(1, True) - count * across * up) / apart
     return slope, (up - slope * across).expand_as(slope)
 
 

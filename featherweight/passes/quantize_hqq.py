@@ -84,8 +84,8 @@ def half_quadratic(
     offset: Float[Tensor, "rows 1"] | None,
     bits: int,
     norm: float,
-) -> Float[Tensor, "rows 3"]:
-    """Of the grids of each row that alternation meets the one with the least error: scale, offset and that error.
+) -> Float[Tensor, "rows 2"]:
+    """Of the grids of each row that alternation meets the one with the least error: its scale and offset.
 
     It ends where all rows together gain next to nothing. The error is Σ |w − s·q − m|^norm.
 
@@ -98,14 +98,15 @@ def half_quadratic(
     """
     unit, fixed = scale, offset is None
     offset = torch.zeros_like(scale) if offset is None else offset
-    best = torch.cat([scale, offset, torch.full_like(scale, torch.inf)], 1)
+    best, least = torch.cat([scale, offset], 1), torch.full_like(scale, torch.inf)
     before, beta = math.inf, BETA
     for _ in range(ROUNDS):
         apart = rows if fixed else rows - offset
         codes = rounded(apart, scale, bits)
         missed = (apart - scale * codes).div_(unit)
         error = norm_error(missed, norm) * unit.pow(norm)
-        best = torch.where(error < best[:, 2:], torch.cat([scale, offset, error], 1), best)
+        best = torch.where(error < least, torch.cat([scale, offset], 1), best)
+        least = torch.minimum(error, least)
         now = float(error.sum())
         if now > before * (1 - GAIN):
             break

@@ -102,7 +102,7 @@ def test_the_size_of_weights_makes_no_difference():
         found = [
             half_quadratic(k * rows, k * start, offset if offset is None else k * offset, 4, 0.7) for k in (1.0, 1024.0)
         ]
-        torch.testing.assert_close(1024 * found[0][:, :2], found[1][:, :2])
+        torch.testing.assert_close(1024 * found[0], found[1])
 
 
 def test_rows_of_zeros_and_of_one_weight():
