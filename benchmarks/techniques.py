@@ -65,7 +65,7 @@ STRENGTHS: dict[str, list[dict[str, Any]]] = {
         {"bits": 4, "block": 64, "offset": True},
     ],
     "quantize_gptq": [{"bits": 4, "block": 64}, {"bits": 3, "block": 64}],
-    "quantize_hqq": [*BITS, {"bits": 4, "offset": False}],
+    "quantize_hqq": BITS,
     "quantize_awq": BITS,
     "quantize_autoround": [{"bits": 4, "block": 64}, {"bits": 3, "block": 64}],
     "quantize_fixed": [{"bits": 8}, {"bits": 6}],
@@ -77,6 +77,7 @@ STEPS = {"image": (60, 240), "text": (25, 100), "speech": (10, 40)}  # of passes
 FOLLOWED = {"equalize_layers": "quantize_fixed", "smooth_activations": "quantize_static"}  # of use for others alone
 REPAIRED = {"share": 0.2, "importance": "taylor"}  # of prune_channels
 TEACHING = ("distill_",)
+DRAWS = 3  # of what is drawn at random: the score is the mean, bytes and ratios are those of the last
 FIRST_FOLDED = ("quantize_", "cluster_", "compand_", "scale_", "prune_", "factorize_", *FOLLOWED)
 
 
@@ -90,7 +91,7 @@ with codes at their own width and zeros in a bitmap, `×` how many times faster 
 threads; – where it was not timed or cannot run), `seconds` those that the pass took, which are rough: the long part may
 run beside other work. Rows of one table may have been timed on different days, between which that ratio of one and the
 same file moved by a third; so compare the columns of a row, and rows only where they differ by more. Batch norms are
-folded first where weights are changed.
+folded first where weights are changed. What is drawn at random is drawn three times, and has the mean of three scores.
 """
 
 
@@ -140,14 +141,32 @@ def said(kind: str, settings: Mapping[str, Any]) -> str:
 def compressed(row: Row, workload: Workload, steps: tuple[Pass, ...], before: list[float], folder: Path) -> Row:
     """The row with its score and bytes, or its refusal; the files of each target are left in `folder`."""
     start = time.perf_counter()
-    try:
-        model, _ = compress_model(Recipe(steps, targets.installed()[0]), workload)
-    except FeatherweightError as error:
-        return replace(row, refused=str(error), seconds=time.perf_counter() - start)
-    seconds = time.perf_counter() - start
+    found, seconds = [], 0.0
+    for seed in range(DRAWS if "random" in row.steps else 1):
+        try:
+            model, _ = compress_model(Recipe(steps, targets.installed()[0]), workload, seed)
+        except FeatherweightError as error:
+            return replace(row, refused=str(error), seconds=time.perf_counter() - start)
+        seconds = seconds or time.perf_counter() - start
+        sizes, refusals = shipped(model, workload, folder)
+        if not sizes:
+            return replace(row, refused="; ".join(refusals), seconds=seconds)
+        scored = "openvino" if "openvino" in sizes else next(iter(sizes))
+        predict = as_predict(targets.find(scored).load(folder / scored, torch.get_num_threads()))
+        found.append(scores(workload.score, predict))
+    after = torch.stack(found).mean(0)
+    mean = after.mean().item()
+    bounds = dict(zip(("drop_low", "drop_upper"), drop_bounds(before, after.tolist()), strict=True))
+    row = replace(row, score=mean, drop=sum(before) / len(before) - mean, bytes=sizes, packed=packed(model))
+    return replace(row, **bounds, seconds=seconds, refused="; ".join(refusals))
+
+
+def shipped(model: nn.Module, workload: Workload, folder: Path) -> tuple[dict[str, int], list[str]]:
+    """The bytes of the files for each target, below `folder`, and what the others say that refuse."""
     sizes, refusals = {}, []
     for target in targets.installed():
-        (folder / target).mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder / target, ignore_errors=True)
+        (folder / target).mkdir(parents=True)
         try:
             targets.find(target).export(model, workload, folder / target)
         except FeatherweightError as error:
@@ -155,14 +174,7 @@ def compressed(row: Row, workload: Workload, steps: tuple[Pass, ...], before: li
             refusals.append(f"{target}: {error}")
             continue
         sizes[target] = sum(path.stat().st_size for path in (folder / target).rglob("*") if path.is_file())
-    if not sizes:
-        return replace(row, refused="; ".join(refusals), seconds=seconds)
-    scored = "openvino" if "openvino" in sizes else next(iter(sizes))
-    after = scores(workload.score, as_predict(targets.find(scored).load(folder / scored, torch.get_num_threads())))
-    mean = after.mean().item()
-    bounds = dict(zip(("drop_low", "drop_upper"), drop_bounds(before, after.tolist()), strict=True))
-    found = replace(row, score=mean, drop=sum(before) / len(before) - mean, bytes=sizes, packed=packed(model))
-    return replace(found, **bounds, seconds=seconds, refused="; ".join(refusals))
+    return sizes, refusals
 
 
 def packed(model: nn.Module) -> int:
@@ -201,12 +213,18 @@ def markdown(rows: list[Row]) -> str:
         paces = " | ".join(f"× {target}" for target in columns)
         parts.append(f"| steps | score | drop at most | MB | packed MB | {paces} | seconds |")
         parts.append("|---" * (6 + len(columns)) + "|")
-        parts.extend(_line(row, columns) for row in rows if row.workload == name)
+        own = sorted((row for row in rows if row.workload == name), key=_place)
+        parts.extend(_line(row, columns) for row in own)
         parts.append("")
-        refusals = [row for row in rows if row.workload == name and row.refused]
+        refusals = [row for row in own if row.refused]
         parts.extend(f"- {row.steps}: {' '.join(row.refused.split())}" for row in refusals)
         parts.extend([""] if refusals else [])
     return "\n".join(parts).rstrip() + "\n"
+
+
+def _place(row: Row) -> tuple[bool, bool, str]:
+    """The original first, then passes by name, and last what distillation repairs."""
+    return row.steps != "the original", any(kind in row.steps for kind in TEACHING), row.steps
 
 
 def _line(row: Row, columns: Sequence[str]) -> str:

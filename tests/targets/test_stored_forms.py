@@ -67,6 +67,19 @@ def test_weights_are_decoded_when_the_file_is_loaded_and_not_again(target, form,
     assert kinds[0] == kinds[1]
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_torch_decodes_at_loading_all_that_is_stored(form, tmp_path):
+    """A decoder, a reshaping or an addition that is left is run again for every input."""
+    workload = networks()["residual"]
+    left = []
+    for name, model in (("dense", workload.model), (form, coded(workload.model, form))):
+        (tmp_path / name).mkdir()
+        targets.find("torch").export(model, workload, tmp_path / name)
+        inputs = [workload.example[0].numpy()]
+        left.append(Counter(kernel.kind for kernel in targets.find("torch").profile(tmp_path / name, inputs, 1)))
+    assert left[0] == left[1]
+
+
 def files(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir())
 
