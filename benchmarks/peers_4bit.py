@@ -136,7 +136,9 @@ def gptqmodel(model: nn.Module, windows: Tensor, block: int, network: Path) -> d
     from gptqmodel import GPTQModel, QuantizeConfig
 
     del model  # it loads its own
-    loaded = GPTQModel.load(str(network), QuantizeConfig(bits=4, group_size=block, offload_to_disk=False), device="cpu")
+    # weights in memory, and zero points as they are: the older format keeps them less one, which its decoder leaves so
+    settings = QuantizeConfig(bits=4, group_size=block, offload_to_disk=False, format="gptq_v2")
+    loaded = GPTQModel.load(str(network), settings, device="cpu")
     loaded.quantize([{"input_ids": w.tolist(), "attention_mask": [1] * len(w)} for w in windows], batch_size=1)
     return LazyWeights(linear_layers(loaded.model), lambda layer: layer.dequantize_weight().T)
 
