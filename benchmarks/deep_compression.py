@@ -61,17 +61,17 @@ target: onnxruntime
     "LeNet-5": """
 steps:
   - prune_wanda: {share: 0.6, where: "conv2, fc1, fc2"}
-  - distill_soft: {epochs: 6, lr: 0.01}
+  - distill_soft: {epochs: 8, lr: 0.01}
   - prune_magnitude: {share: 0.3, where: conv1}
   - prune_magnitude: {share: 0.75, where: "conv2, fc2"}
   - prune_magnitude: {share: 0.85, where: fc1}
-  - distill_soft: {epochs: 6, lr: 0.01}
+  - distill_soft: {epochs: 8, lr: 0.01}
   - prune_magnitude: {share: 0.85, where: "conv2, fc2"}
-  - prune_magnitude: {share: 0.925, where: fc1}
-  - distill_soft: {epochs: 30, lr: 0.01}
+  - prune_magnitude: {share: 0.922, where: fc1}
+  - distill_soft: {epochs: 60, lr: 0.01}
   - cluster_kmeans: {bits: 5, where: "conv*"}
   - cluster_kmeans: {bits: 3, where: "fc*"}
-  - distill_soft: {epochs: 12, lr: 0.003}
+  - distill_soft: {epochs: 24, lr: 0.003}
 target: onnxruntime
 """,
 }
