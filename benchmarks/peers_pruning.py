@@ -236,7 +236,7 @@ def run(
             untaught = ship(model, workload, Path(scratch) / "untaught", options.threads)
             score_before = scores(workload.score, as_predict(untaught)).mean().item()
             norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-            teach = build("distill_soft", {"steps": options.steps, "lr": 0.005 if norms else 0.003}, "distill_soft")
+            teach = build("distill_soft", {"steps": options.steps, "lr": 0.005 if norms else 0.001}, "distill_soft")
             with seeded(0):
                 model = teach.apply(model, workload)
             runner = ship(model, workload, Path(scratch) / "taught", options.threads)

@@ -124,7 +124,7 @@ def recipes(workload: Workload, name: str, wanted: list[str]) -> Iterator[tuple[
         if kind.startswith(TEACHING):
             before = build("prune_channels", REPAIRED, "repaired")
             for steps in STEPS[name]:
-                settings = {"steps": steps, "lr": 0.005 if has_norms else 0.003, "epochs": 1.0}
+                settings = {"steps": steps, "lr": 0.005 if has_norms else 0.001, "epochs": 1.0}
                 yield f"prune_channels share 0.2 + {kind} steps {steps}", (before, build(kind, settings, kind))
             continue
         first = fold if kind.startswith(FIRST_FOLDED) and kind != "prune_channels" else ()
