@@ -395,18 +395,17 @@ def _rows(dense: Tensor, axis: int, block: int) -> Tensor:
 
 
 def line(
-    x: Float[Tensor, "rows n"], y: Float[Tensor, "rows n"], through_zero: bool
+    x: Float[Tensor, "rows n"], y: Float[Tensor, "rows n"]
 ) -> tuple[Float[Tensor, "rows 1"], Float[Tensor, "rows 1"]]:
     """Slope and intercept of the line through the points of each row with the least squared error; slope 0 for one x.
 
-    >>> line(torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[1.0, 3.0, 5.0]]), through_zero=False)
+    >>> line(torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[1.0, 3.0, 5.0]]))
     (tensor([[2.]]), tensor([[1.]]))
     """
-    count = 1 if through_zero else x.shape[1]
-    across, up = (torch.zeros(()), torch.zeros(())) if through_zero else (x.mean(1, True), y.mean(1, True))
+    count, across, up = x.shape[1], x.mean(1, True), y.mean(1, True)
     apart = (x.square().sum(1, True) - count * across.square()).clamp(min=LEAST_APART)
     slope = ((x * y).sum(1, True) - count * across * up) / apart
-    return slope, (up - slope * across).expand_as(slope)
+    return slope, up - slope * across
 
 
 def spanning_grid(rows: Float[Tensor, "rows n"], bits: int) -> Float[Tensor, "rows 2"]:
@@ -445,7 +444,7 @@ def closest_grid(rows: Float[Tensor, "rows n"], bits: int) -> Float[Tensor, "row
         error = (met - rows).square_().sum(-1, keepdim=True)
         best, least = torch.where(error < least, found, best), torch.minimum(error, least)
         scale, offset = found[:, :1], found[:, 1:]
-        slope, intercept = line(met.sub_(offset).div_(scale), rows, through_zero=False)
+        slope, intercept = line(met.sub_(offset).div_(scale), rows)
         found = torch.cat([torch.where(slope > 0, slope, scale), intercept], -1)
     return best
 
