@@ -236,6 +236,7 @@ def _rounding_before_padding() -> Any:
 
     def before(op, x, pads, zero, scale, zero_point):  # type: ignore[no-untyped-def]
         rounded = op.DequantizeLinear(op.QuantizeLinear(x, scale, zero_point), scale, zero_point)
+        rounded.dtype, rounded.shape = x.dtype, x.shape  # without them no convolution takes the zeros
         return op.Pad(rounded, pads, zero, mode="constant")
 
     def zeros(context, zero, **_):  # type: ignore[no-untyped-def]

@@ -1,7 +1,8 @@
 """Which tensors of an ONNX graph are rounded, so that int8 kernels follow one another without floats between them.
 
 A network's own quantizers round the inputs of its layers. A runtime computes a convolution or an addition in int8
-from end to end only where its output is rounded too. `complete` adds what is missing for that: pairs of
+from end to end only where its output is rounded too. `complete` adds what is missing for that: batch norms that nobody
+folded become part of the scales and biases before them, pairs of
 QuantizeLinear and DequantizeLinear move before operators that commute with rounding (pooling by maximum, reshapes),
 additions that run in int8 share those of the layers that read the same tensor, and outputs that have none get one
 with the range seen on calibration data. What else a runtime wants is its target's affair.
@@ -32,6 +33,7 @@ def complete(network: Any, workload: Workload, load: Callable[[bytes], Run], eve
         load: how the runtime loads an ONNX file, to see the ranges on calibration data.
         every_output: whether each convolution's output gets a pair, or only those that additions read.
     """
+    _fold_norms(network.graph)
     _share_pairs(network.graph)
     _move_before_commuting(network.graph)
     _share_pairs(network.graph)  # those that were moved
@@ -64,6 +66,60 @@ def constant(graph: Any, name: str, array: np.ndarray, dtype: Any = None) -> Any
         value.dtype, value.shape = tensor.dtype, onnx_ir.Shape(array.shape)
         graph.register_initializer(value)
     return graph.initializers[name]
+
+
+def _fold_norms(graph: Any) -> None:
+    """Convolutions with 8-bit codes take a batch norm behind them into the scales of the codes and into their bias."""
+    import onnx_ir
+
+    for node in list(graph):
+        if node.op_type != "BatchNormalization" or not _follows_coded_convolution(node):
+            continue
+        conv = node.inputs[0].producer()
+        decoder = conv.inputs[1].producer()
+        weight, shift, mean, variance = (value.const_value.numpy() for value in node.inputs[1:])
+        factor = weight / np.sqrt(variance + node.attributes.get_float("epsilon", 1e-5))
+        codes, scale = (value.const_value.numpy() for value in decoder.inputs[:2])
+        turned = codes * np.sign(factor).astype(codes.dtype).reshape(-1, *[1] * (codes.ndim - 1))  # scales are positive
+        scale = np.where(factor, scale * abs(factor), scale)
+        bias = conv.inputs[2].const_value.numpy() if len(conv.inputs) > 2 and conv.inputs[2] is not None else 0.0
+        values = {"codes": turned, "scale": scale, "bias": (bias - mean) * factor + shift}
+        made = {kind: constant(graph, f"{conv.outputs[0].name}.{kind}", value) for kind, value in values.items()}
+        decoded = onnx_ir.node("DequantizeLinear", [made["codes"], made["scale"]], {"axis": 0})
+        inputs = [conv.inputs[0], decoded.outputs[0], made["bias"]]
+        replace(graph, node, [decoded, onnx_ir.Node("", "Conv", inputs, list(conv.attributes.values()))])
+    drop_unused(graph)
+
+
+def _follows_coded_convolution(norm: Any) -> bool:
+    """Whether a norm alone reads a convolution whose weight is 8-bit codes with a scale for each output."""
+    conv = norm.inputs[0].producer()
+    if conv is None or conv.op_type != "Conv" or len(readers(conv.outputs[0])) > 1 or not is_decoded(conv.inputs[1]):
+        return False
+    decoder = conv.inputs[1].producer()
+    biases = [value for value in conv.inputs[2:] if value is not None]
+    if any(value.const_value is None for value in (*decoder.inputs, *biases, *norm.inputs[1:])):
+        return False
+    codes, scale = (value.const_value for value in decoder.inputs[:2])
+    by_output = tuple(scale.shape) == (codes.shape[0],) and decoder.attributes.get_int("axis", 1) == 0
+    return len(decoder.inputs) == 2 and by_output and codes.dtype.itemsize == 1 and codes.numpy().min() > -128
+
+
+def replace(graph: Any, node: Any, steps: list[Any]) -> None:
+    """Puts the nodes `steps` in the place of `node`; the last one's output is the new one's."""
+    from onnx_ir.convenience import replace_nodes_and_values
+
+    replace_nodes_and_values(graph, node, [node], steps, [node.outputs[0]], [steps[-1].outputs[0]])
+
+
+def drop_unused(graph: Any) -> None:
+    """Removes nodes and initializers that nothing reads."""
+    for node in reversed(list(graph)):
+        if not any(out.uses() or out.is_graph_output() for out in node.outputs):
+            graph.remove(node, safe=True)
+    for name, value in list(graph.initializers.items()):
+        if not value.uses():
+            del graph.initializers[name]
 
 
 def _is_pair_start(node: Any) -> bool:

@@ -116,9 +116,12 @@ from pathlib import Path
 from featherweight.trials import claimed
 with claimed(Path(sys.argv[1]), resume=False):
     started = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], close_fds=False, stdout=2)
+    runs, tell = os.pipe()
     if (forked := os.fork()) == 0:
         os.close(1)
+        os.write(tell, b".")  # from here on it holds no lock
         time.sleep(60)
+    os.read(runs, 1)
     print(started.pid, forked, flush=True)
     time.sleep(60)
 """

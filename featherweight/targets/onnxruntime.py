@@ -3,7 +3,8 @@
 What this runtime wants, measured (see LOG.md): it runs a convolution or an addition in int8 only where its output
 is quantized too (`onnx_pairs`). It computes DequantizeLinear anew for every input, and a cast and a product of
 constants once, when it loads a file: weights that no int8 kernel reads are written as the latter. A table of which
-rows are looked up stays bytes. It has no int8 kernel for a Gemm with a float output, but one for MatMul.
+rows are looked up stays bytes. It rounds weights that were left in floats, with one scale for all of them, where
+everything round a layer is rounded; nobody asked for that, and `keep_floats` prevents it. It has no int8 kernel for a Gemm with a float output, but one for MatMul.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from featherweight.errors import ExportError
-from featherweight.onnx_pairs import complete, constant, is_decoded, readers
+from featherweight.onnx_pairs import COMMUTES, complete, constant, drop_unused, is_decoded, readers, replace
 from featherweight.targets import Arrays, Kernel, Runner, Target
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from featherweight.workload import Workload
 
+LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 INT8_KERNELS = ("QLinear", "Integer", "QGemm", "QAttention", "QuantizeMatMul", "MatMulNBits")
 
 
@@ -46,6 +48,7 @@ class ONNXRuntime(Target):
         turn_weights(network.graph)
         complete(network, workload, lambda file: _runner(_session(file, threads=0)), every_output=True)
         decode_once(network.graph)
+        keep_floats(network.graph)
         onnx_ir.save(network, folder / "model.onnx")
         try:
             _session(folder / "model.onnx", threads=1)
@@ -111,8 +114,8 @@ def read_rows_as_codes(graph: Any) -> None:
         as_float = onnx_ir.node("Cast", gathered[0].outputs, {"to": scales.dtype})
         columns = onnx_ir.node("Unsqueeze", [gathered[1].outputs[0], last])
         product = onnx_ir.node("Mul", [as_float.outputs[0], columns.outputs[0]])
-        _replace(graph, node, [*gathered, as_float, columns, product])
-    _drop_unused(graph)
+        replace(graph, node, [*gathered, as_float, columns, product])
+    drop_unused(graph)
 
 
 def gemms_to_matmuls(graph: Any) -> None:
@@ -134,7 +137,7 @@ def gemms_to_matmuls(graph: Any) -> None:
         if rest and rest[0] is not None:
             bias = constant(graph, f"{rest[0].name}.negated", -rest[0].const_value.numpy())
             steps.append(onnx_ir.node("Sub", [steps[-1].outputs[0], bias]))
-        _replace(graph, node, steps)
+        replace(graph, node, steps)
 
 
 def turn_weights(graph: Any) -> None:
@@ -161,8 +164,8 @@ def turn_weights(graph: Any) -> None:
             turned = steps[0].outputs[0]
         axis = 1 - source.attributes.get_int("axis", 1)
         steps.append(onnx_ir.node("DequantizeLinear", [turned, source.inputs[1]], {"axis": axis}))
-        _replace(graph, node, steps)
-    _drop_unused(graph)
+        replace(graph, node, steps)
+    drop_unused(graph)
 
 
 def decode_once(graph: Any) -> None:
@@ -189,8 +192,35 @@ def decode_once(graph: Any) -> None:
         steps.append(onnx_ir.node("Mul", [steps[-1].outputs[0], wide]))
         if block:
             steps.append(_reshaped(graph, steps[-1].outputs[0], sizes))
-        _replace(graph, node, steps)
-    _drop_unused(graph)
+        replace(graph, node, steps)
+    drop_unused(graph)
+
+
+def keep_floats(graph: Any) -> None:
+    """Layers with weights in floats read a rounded tensor decoded by one scale for each channel, all alike.
+
+    Decoded by a single scale, and with an output that is rounded, the runtime would round the weights too, to 8 bits
+    with one scale for all.
+    """
+    import onnx_ir
+
+    for node in list(graph):
+        if node.op_type not in LAYERS or is_decoded(node.inputs[1]):
+            continue
+        reader, value = node, node.inputs[0]
+        while (source := value.producer()) is not None and source.op_type in (*COMMUTES, "Pad"):
+            reader, value = source, source.inputs[0]
+        start = source.inputs[0].producer() if source is not None and is_decoded(value) else None
+        shape = start.inputs[0].shape if start is not None else None
+        axis = next((i for i in range(1, len(shape)) if isinstance(shape[i], int) and shape[i] > 1), 0) if shape else 0
+        if axis and not source.inputs[1].const_value.shape:
+            alike = [
+                constant(graph, f"{v.name}.{shape[axis]}", np.full(shape[axis], v.const_value.numpy()))
+                for v in source.inputs[1:]
+            ]
+            apart = onnx_ir.node("DequantizeLinear", [source.inputs[0], *alike], {"axis": axis})
+            graph.insert_before(reader, apart)
+            reader.replace_input_with(0, apart.outputs[0])
 
 
 def _reshaped(graph: Any, value: Any, sizes: list[int]) -> Any:
@@ -233,19 +263,3 @@ def _only_transposed(codes: Any) -> bool:
         and all(reader.op_type == "Transpose" for reader in readers(decoder.outputs[0]))
         for decoder in decoders
     )
-
-
-def _replace(graph: Any, node: Any, steps: list[Any]) -> None:
-    """Puts the nodes `steps` in the place of `node`; the last one's output is the new one's."""
-    from onnx_ir.convenience import replace_nodes_and_values
-
-    replace_nodes_and_values(graph, node, [node], steps, [node.outputs[0]], [steps[-1].outputs[0]])
-
-
-def _drop_unused(graph: Any) -> None:
-    for node in reversed(list(graph)):
-        if not any(out.uses() or out.is_graph_output() for out in node.outputs):
-            graph.remove(node, safe=True)
-    for name, value in list(graph.initializers.items()):
-        if not value.uses():
-            del graph.initializers[name]

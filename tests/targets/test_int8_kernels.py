@@ -47,9 +47,31 @@ def off(runtime: targets.Target, folder: Path, model: nn.Module, x: torch.Tensor
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 
 
-def in_8_bits(model: nn.Module, batches: list) -> tuple[nn.Module, Workload]:
+def in_8_bits(model: nn.Module, batches: list, **settings: str) -> tuple[nn.Module, Workload]:
     workload = Workload(model, (batches[0][0][:2],), batches, lambda predict: 0.0)
-    return QuantizeStatic().apply(copy.deepcopy(model), workload), workload
+    return QuantizeStatic(**settings).apply(copy.deepcopy(model), workload), workload
+
+
+def changed_by_optimizing(folder: Path, x: torch.Tensor) -> float:
+    """How far ONNX Runtime's kernels are from the graph as it was written, computed in floats; a share of its output."""
+    import onnxruntime
+
+    written = onnxruntime.SessionOptions()
+    written.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(folder / "model.onnx", written, providers=["CPUExecutionProvider"])
+    (wanted,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    (found,) = targets.find("onnxruntime").load(folder, threads=1)([x.numpy()])
+    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+
+
+def with_uneven_channels(model: nn.Module) -> nn.Module:
+    """Weights fifty times larger for some outputs than for others: one scale for all would ruin the others."""
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Linear)):
+                nn.init.kaiming_normal_(layer.weight)
+                layer.weight.mul_(torch.logspace(-1, 0.7, len(layer.weight)).view(-1, *[1] * (layer.weight.dim() - 1)))
+    return model.eval()
 
 
 @pytest.fixture(scope="module")
@@ -196,13 +218,50 @@ def test_zeros_round_a_picture_are_added_by_the_convolution(target, edges, tmp_p
     pytest.importorskip(target)
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ZeroPad2d(edges), nn.Conv2d(8, 8, 3, stride=2)]
+    layers += [nn.ReLU(), nn.Conv2d(8, 8, 1)]
     x = torch.randn(2, 3, 12, 12)
-    model, workload = in_8_bits(nn.Sequential(*layers).eval(), [(x,)])
+    model, workload = in_8_bits(with_uneven_channels(nn.Sequential(*layers)), [(x,)])
     runtime = targets.find(target)
     runtime.export(model, workload, tmp_path)
     kinds = {kernel.kind for kernel in runtime.profile(tmp_path, [x.numpy()], threads=1)}
     assert ("Pad" in kinds) == (min(edges) < 0)
     assert off(runtime, tmp_path, model, x) < 0.01
+
+
+STACK: tuple[nn.Module, ...] = (nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU())
+STACK = (*STACK, nn.MaxPool2d(2), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 9, 16), nn.ReLU(), nn.Linear(16, 5))
+
+
+@pytest.mark.parametrize("left", ["0", "2", "5", "8", "10"])
+def test_onnxruntime_rounds_no_weights_by_itself(left, tmp_path):
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 12, 12)
+    model, workload = in_8_bits(with_uneven_channels(nn.Sequential(*copy.deepcopy(STACK))), [(x,)], where=f"!{left}")
+    targets.find("onnxruntime").export(model, workload, tmp_path)
+    assert changed_by_optimizing(tmp_path, x) < 0.005  # int8 kernels differ by last bits
+
+
+@pytest.mark.parametrize("signs", [(1.0, 2.0), (-2.0, 2.0)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_onnxruntime_rounds_nothing_before_a_batch_norm(bias, signs, tmp_path):
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    blocks = [(nn.Conv2d(width, 16, 3, bias=bias), nn.BatchNorm2d(16), nn.ReLU()) for width in (3, 16, 16)]
+    model = with_uneven_channels(nn.Sequential(*(layer for block in blocks for layer in block)))
+    model.append(nn.Flatten()).append(nn.Linear(16 * 36, 5))
+    x = torch.randn(4, 3, 12, 12)
+    for norm in model[1:-2:3]:
+        nn.init.uniform_(norm.weight, *signs)
+        nn.init.normal_(norm.bias)
+        norm.weight.data[3], norm.momentum = 0.0, None
+    model.train()(x)  # so that norms know what they see
+    model, workload = in_8_bits(model.eval(), [(x,)])
+    runtime = targets.find("onnxruntime")
+    runtime.export(model, workload, tmp_path)
+    kernels = runtime.profile(tmp_path, [x.numpy()], threads=1)
+    assert in_floats(kernels) == [] and "BatchNormalization" not in {kernel.kind for kernel in kernels}
+    assert off(runtime, tmp_path, model, x) < 0.01 and changed_by_optimizing(tmp_path, x) < 0.01
 
 
 @pytest.mark.parametrize("bias", [True, False])
