@@ -3,8 +3,9 @@
 What this runtime wants, measured (see LOG.md): it runs a convolution or an addition in int8 only where its output
 is quantized too (`onnx_pairs`). It computes DequantizeLinear anew for every input, and a cast and a product of
 constants once, when it loads a file: weights that no int8 kernel reads are written as the latter. A table of which
-rows are looked up stays bytes. It rounds weights that were left in floats, with one scale for all of them, where
-everything round a layer is rounded; nobody asked for that, and `keep_floats` prevents it. It has no int8 kernel for a Gemm with a float output, but one for MatMul.
+rows are looked up stays bytes. Weights that were left in floats it rounds, with one scale for all of them, where
+everything round a layer is rounded; nobody asked for that, and `keep_floats` prevents it. It has no int8 kernel for a
+Gemm with a float output, but one for MatMul.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def in_8_bits(model: nn.Module, batches: list, **settings: str) -> tuple[nn.Modu
 
 
 def changed_by_optimizing(folder: Path, x: torch.Tensor) -> float:
-    """How far ONNX Runtime's kernels are from the graph as it was written, computed in floats; a share of its output."""
+    """How far ONNX Runtime's kernels are from the graph as written, computed in floats, as a share of its output."""
     import onnxruntime
 
     written = onnxruntime.SessionOptions()
@@ -228,8 +228,8 @@ def test_zeros_round_a_picture_are_added_by_the_convolution(target, edges, tmp_p
     assert off(runtime, tmp_path, model, x) < 0.01
 
 
-STACK: tuple[nn.Module, ...] = (nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU())
-STACK = (*STACK, nn.MaxPool2d(2), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 9, 16), nn.ReLU(), nn.Linear(16, 5))
+CONVOLVED = (nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.MaxPool2d(2))
+LAYERS = (*CONVOLVED, nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 16), nn.ReLU(), nn.Linear(16, 5))
 
 
 @pytest.mark.parametrize("left", ["0", "2", "5", "8", "10"])
@@ -237,7 +237,7 @@ def test_onnxruntime_rounds_no_weights_by_itself(left, tmp_path):
     pytest.importorskip("onnxruntime")
     torch.manual_seed(0)
     x = torch.randn(8, 3, 12, 12)
-    model, workload = in_8_bits(with_uneven_channels(nn.Sequential(*copy.deepcopy(STACK))), [(x,)], where=f"!{left}")
+    model, workload = in_8_bits(with_uneven_channels(nn.Sequential(*copy.deepcopy(LAYERS))), [(x,)], where=f"!{left}")
     targets.find("onnxruntime").export(model, workload, tmp_path)
     assert changed_by_optimizing(tmp_path, x) < 0.005  # int8 kernels differ by last bits
 
