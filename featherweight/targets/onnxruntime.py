@@ -211,9 +211,10 @@ def keep_floats(graph: Any) -> None:
         reader, value = node, node.inputs[0]
         while (source := value.producer()) is not None and source.op_type in (*COMMUTES, "Pad"):
             reader, value = source, source.inputs[0]
-        start = source.inputs[0].producer() if source is not None and is_decoded(value) else None
-        shape = start.inputs[0].shape if start is not None else None
-        axis = next((i for i in range(1, len(shape)) if isinstance(shape[i], int) and shape[i] > 1), 0) if shape else 0
+        if source is None or not is_decoded(value) or (start := source.inputs[0].producer()) is None:
+            continue
+        shape = start.inputs[0].shape or ()
+        axis = next((i for i in range(1, len(shape)) if isinstance(shape[i], int) and shape[i] > 1), 0)
         if axis and not source.inputs[1].const_value.shape:
             alike = [
                 constant(graph, f"{v.name}.{shape[axis]}", np.full(shape[axis], v.const_value.numpy()))
