@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from featherweight.errors import ArtifactError, FeatherweightError, RecipeError
 
 if TYPE_CHECKING:
-    from featherweight.search import Progress
+    from featherweight.progress import Progress
     from featherweight.targets import Target
 
 DONE, FAILED, BAD_INPUT, INFEASIBLE, INTERRUPTED = 0, 1, 2, 3, 130
@@ -235,8 +235,8 @@ def apply(chosen: argparse.Namespace) -> int:
     from featherweight import targets, workload
     from featherweight.artifact import build
     from featherweight.checkpoints import kept_in
+    from featherweight.facts import fingerprint
     from featherweight.recipe import Recipe
-    from featherweight.search import fingerprint
     from featherweight.trials import check_writable
 
     recipe = Recipe.from_yaml(_text(chosen.recipe), str(chosen.recipe))
@@ -425,7 +425,7 @@ def _print_rows(rows: Sequence[Sequence[str]]) -> None:
 
 def _progress() -> Progress:
     """A bar on a terminal, else quiet lines."""
-    from featherweight.search import Progress
+    from featherweight.progress import Progress
 
     class Lines(Progress):
         """One line on standard error for everything that is done."""

@@ -1,23 +1,15 @@
-"""The search: which recipe is tried next, and the loop that tries it.
+"""The search: the loop that tries one recipe after the other, and the result.
 
-`next_recipe` is a pure function of what is known of the workload, the budget and the trials so far; the trials, which
-lie on disk (see `trials`), are all the state there is. So a search that was killed goes on where it stopped, within a
-long training from its last checkpoint, and the same scores lead to the same result.
-
-Three rungs, cheapest first. The network as it is on every target, and whole in int8 on those that are not far slower
-than another: the best target is kept. Where int8 loses too much, int8 trained by distillation, int8 with ranges found
-while running, and weights alone in 8 bits. Then a bisection over one knob, the share of channels that is removed, each
-candidate distilled and turned to numbers as the second rung found best. Networks that repeat alike blocks, as
-transformers do, then lose whole blocks too, as many as the budget bears. Whether a trial is accepted is decided on the
-search's own data; `test_score` is computed for the best alone, and only reported.
+Which recipe is tried next, `strategy` says: a pure function of what is known of the workload, the budget and the trials
+so far. The trials, which lie on disk (see `trials`), are all the state there is. So a search that was killed goes on
+where it stopped, within a long training from its last checkpoint, and the same scores lead to the same result. Whether
+a trial is accepted is decided on the search's own data; `test_score` is computed for the best alone, and only reported.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import importlib.util
 import json
 import math
 import re
@@ -25,17 +17,12 @@ import shutil
 import signal
 import threading
 import time
-from collections import Counter
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
-
-from featherweight import passes, targets
+from featherweight import targets
 from featherweight.artifact import Artifact, build, open_artifact, replace_artifact, versions_of, write_text_atomic
 from featherweight.checkpoints import kept_in
 from featherweight.errors import (
@@ -43,16 +30,15 @@ from featherweight.errors import (
     BudgetError,
     ExportError,
     FeatherweightError,
-    LayerError,
     ProcessError,
     TargetError,
-    WorkloadError,
 )
+from featherweight.facts import facts_of, fingerprint
 from featherweight.measure import Baseline, Measurement, baseline, measure, physical_cores
-from featherweight.passes import Pass
-from featherweight.passes.drop_layers import removable
 from featherweight.processes import processes
-from featherweight.recipe import Recipe, compress_model
+from featherweight.progress import Progress, Stopwatch
+from featherweight.recipe import Recipe
+from featherweight.strategy import expected, next_recipe, seconds_of
 from featherweight.timing import keeping_originals
 from featherweight.trials import (
     BASELINE,
@@ -74,313 +60,10 @@ from featherweight.trials import (
     read_trials,
     write_trial,
 )
-from featherweight.workload import Batch, Workload, call, count_batches, raw, tensors
+from featherweight.workload import Workload
 from featherweight.workload import check as check_workload
 
-LARGEST_SHARE = 0.8  # of channels that may be removed: the bisection's upper end
-CANDIDATES = 4  # of the bisection: shares are found to LARGEST_SHARE / 2**4
-BLOCK_CANDIDATES = 2  # at most, for whole blocks, where there are such: channels then get one less
-HOPELESS = 2.0  # times the cost of the best target, uncompressed: int8 is not tried there
-TRAINING_FLOP = 9e12  # of one candidate's distillation: under a minute on two cores
-FEWEST_STEPS, MOST_STEPS = 250, 500  # of one candidate's distillation
-NORMED_LR, PLAIN_LR = 0.005, 0.003  # with batch norms, which make rescaled weights harmless, and without
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 CHECKPOINTS = ".checkpoints"  # ending of the folder with those of a trial
-
-
-# ------------------------------------------------------------------------------------------------ the strategy
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What the strategy knows of a workload.
-
-    Args:
-        targets: that may be used.
-        folds: whether there are batch norms to fold.
-        linear: whether there are linear layers.
-        epochs: how long a candidate is distilled.
-        blocks: how many alike blocks there are that may be removed whole; 0 for none.
-        multiples: by target, the number of which channel counts should be multiples.
-    """
-
-    targets: tuple[str, ...]
-    folds: bool
-    linear: bool
-    epochs: float
-    blocks: int = 0
-    multiples: Mapping[str, int] = field(default_factory=dict)
-
-    def steps(self, *names: str | Pass, shape: Sequence[Pass] = ()) -> tuple[Pass, ...]:
-        """`shape`, then the fold where there is something to fold, then the passes named."""
-        fold = ("fold_batchnorm",) if self.folds else ()
-        return (*shape, *(step if isinstance(step, Pass) else _step(step) for step in (*fold, *names)))
-
-    def distil(self, share: float = 0.0) -> Pass:
-        """The distillation of a candidate that lost `share`: a smaller network takes more steps in the same time.
-
-        Of four parts of the arithmetic of a step one is the teacher's, and three are the candidate's.
-        """
-        epochs = float(f"{self.epochs * 4 / (1 + 3 * (1 - share)):.2g}")
-        return _step("distill_soft", epochs=epochs, lr=NORMED_LR if self.folds else PLAIN_LR)
-
-    def candidate(self, target: str, numbers: Numbers, share: float, dropped: int = 0) -> Recipe:
-        """Blocks and channels removed, what is left trained, and turned to numbers."""
-        lost = dropped / self.blocks if dropped else 0.0
-        shape = [_step("drop_layers", share=round(lost, 4))] if dropped else []
-        if share:
-            shape.append(_step("prune_channels", share=share, multiple=self.multiples.get(target, 8)))
-        shape.append(self.distil(1 - (1 - lost) * (1 - share)))
-        return Recipe(self.steps(*numbers, shape=shape), target)
-
-
-Numbers = tuple[Pass, ...]  # the last steps of a recipe, which turn weights into numbers of few bits
-
-
-Plan = Generator[Recipe, Trial, None]
-
-
-def next_recipe(facts: Facts, budget: Budget, trials: Sequence[Trial]) -> Recipe | None:
-    """What to try after `trials`, in whatever order they are given; None when there is nothing left."""
-    known = {trial.recipe.digest: trial for trial in trials}
-    course = plan(facts, budget)
-    try:
-        recipe = next(course)
-        while recipe.digest in known:
-            recipe = course.send(known[recipe.digest])
-    except StopIteration:
-        return None
-    return recipe
-
-
-def plan(facts: Facts, budget: Budget) -> Plan:
-    """The whole search, as it would go: yields recipes, and is sent what became of them."""
-    plain, static = {}, {}
-    for target in facts.targets:
-        plain[target] = yield Recipe(facts.steps(), target)
-    costs = {target: _cost(trial, trial, budget) for target, trial in plain.items()}
-    working = [target for target, cost in costs.items() if cost <= HOPELESS * min(costs.values()) < math.inf]
-    for target in working:
-        static[target] = yield Recipe(facts.steps("quantize_static"), target)
-    if not working:
-        return
-    target = min(working, key=lambda name: _cost(static[name], plain[name], budget))
-    numbers = yield from _numbers(facts, budget, target, plain[target])
-    yield from _shapes(facts, budget, target, numbers)
-
-
-def expected(facts: Facts, done: int) -> int:
-    """How many trials there will be, about."""
-    candidates = CANDIDATES + (BLOCK_CANDIDATES - 1 if facts.blocks > 1 else 0)
-    return max(done + 1, 2 * len(facts.targets) + candidates)
-
-
-def share_to_try(tried: Sequence[tuple[float, bool]], most: int = CANDIDATES) -> float | None:
-    """The next share of a bisection: more after what fitted, less after what did not; None after `most`.
-
-    >>> share_to_try([]), share_to_try([(0.4, True)]), share_to_try([(0.4, True), (0.6, False)])
-    (0.4, 0.6, 0.5)
-    """
-    if len(tried) >= most:
-        return None
-    low = max([share for share, fitted in tried if fitted], default=0.0)
-    high = min([share for share, fitted in tried if not fitted], default=LARGEST_SHARE)
-    return round((low + high) / 2, 4)
-
-
-def _numbers(facts: Facts, budget: Budget, target: str, plain: Trial) -> Generator[Recipe, Trial, Numbers]:
-    """The cheapest numbers whose loss the budget bears; none where it bears no loss."""
-    tried: list[tuple[Trial, Numbers]] = [(plain, ())]
-    for numbers in _rungs(facts, budget):
-        trial = yield Recipe(facts.steps(*numbers), target)
-        tried.append((trial, numbers))
-        if trial.drop_fits(budget) and _cost(trial, trial, budget) < _cost(plain, plain, budget):
-            break
-    return min(tried, key=lambda item: (not item[0].drop_fits(budget), _cost(item[0], item[0], budget)))[1]
-
-
-def _rungs(facts: Facts, budget: Budget) -> Iterator[Numbers]:
-    """Ways to turn the whole network to numbers, most promising first."""
-    if budget.objective == "bytes":
-        yield (_step("quantize_weights", bits=4, block=64),)
-    yield (_step("quantize_static"),)
-    yield (_step("quantize_static"), facts.distil())
-    if facts.linear:
-        yield (_step("quantize_dynamic"),)
-    yield (_step("quantize_weights"),)
-
-
-def _shapes(facts: Facts, budget: Budget, target: str, numbers: Numbers) -> Plan:
-    """First fewer channels, then fewer whole blocks of what is left, where there are such."""
-    share = yield from _fewer_channels(facts, budget, target, numbers)
-    yield from _fewer_blocks(facts, budget, target, numbers, share)
-
-
-def _fewer_channels(facts: Facts, budget: Budget, target: str, numbers: Numbers) -> Generator[Recipe, Trial, float]:
-    """The largest share that the budget bears, by bisection."""
-    tried: list[tuple[float, bool]] = []
-    failed = 0
-    while (share := share_to_try(tried, CANDIDATES - (facts.blocks > 1))) is not None:
-        trial = yield facts.candidate(target, numbers, share)
-        tried.append((share, trial.drop_fits(budget)))
-        failed += trial.measurement is None
-        if failed == len(tried) == 2:  # what cannot be pruned at two shares cannot at any
-            break
-    return max([share for share, fitted in tried if fitted], default=0.0)
-
-
-def _fewer_blocks(facts: Facts, budget: Budget, target: str, numbers: Numbers, share: float) -> Plan:
-    """A few blocks more each time, as long as the budget bears it; channels by `share`."""
-    few = max(1, facts.blocks // 8)
-    for count in range(few, min(facts.blocks, (BLOCK_CANDIDATES + 1) * few), few):
-        trial = yield facts.candidate(target, numbers, share, dropped=count)
-        if not trial.drop_fits(budget):
-            return
-
-
-def _cost(first: Trial, second: Trial, budget: Budget) -> float:
-    """Of the first that was measured; infinite where none was."""
-    found = first.measurement or second.measurement
-    return budget.cost(found) if found else math.inf
-
-
-def _step(name: str, **settings: Any) -> Pass:
-    return passes.build(name, settings, "the search")
-
-
-# ------------------------------------------------------------------------------------------------ facts of a workload
-
-
-def facts_of(workload: Workload, names: Sequence[str]) -> Facts:
-    """What the strategy has to know; nothing in it depends on time or chance."""
-    kinds = {type(module) for module in workload.start.modules()}
-    return Facts(
-        targets=tuple(names),
-        folds=bool(kinds & set(NORMS)) and _something_folds(workload, names[0]),
-        linear=nn.Linear in kinds,
-        epochs=_epochs(workload),
-        # with batch norms it is a convolutional network, where width is what the time goes into
-        blocks=0 if kinds & set(NORMS) else len(removable(workload.start, workload)),
-        multiples={name: targets.find(name).width_multiple for name in names},
-    )
-
-
-def _something_folds(workload: Workload, target: str) -> bool:
-    try:
-        compress_model(Recipe((_step("fold_batchnorm"),), target), workload)
-    except LayerError:
-        return False
-    except FeatherweightError:
-        return True  # something else is wrong with it, and the first trial will say what
-    return True
-
-
-def _epochs(workload: Workload) -> float:
-    """So many that the training of one candidate takes TRAINING_FLOP, within bounds."""
-    data = workload.calibration if workload.train is None else workload.train
-    try:
-        first = next(iter(data), None)
-        length = count_batches(data)
-    except Exception as error:
-        raise WorkloadError(
-            f"train raised {type(error).__name__}: {' '.join(str(error).split())[:300]} when it was iterated. Iterate "
-            "over it yourself and mend it, or leave it out: the calibration batches are then trained on."
-        ) from error
-    if first is None or not length:
-        return 1.0  # distill_soft explains what is wrong with that
-    batch = workload.calibration[0]
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        call(workload.start, batch)
-    forward = counter.get_total_flops() / tensors(batch)[0].shape[0] * _batch_size(first)
-    steps = TRAINING_FLOP / max(4 * forward, 1.0)  # forward, backward twice that, and the teacher's forward
-    return float(f"{min(max(steps, FEWEST_STEPS), MOST_STEPS) / length:.2g}")
-
-
-def _batch_size(item: Any) -> int:
-    """Of a batch, or of a pair of a batch and its targets; 1 where it is neither, which distill_soft explains."""
-    while isinstance(item, (tuple, list, Mapping)) and item:
-        item = next(iter(item.values() if isinstance(item, Mapping) else item))
-    return int(item.shape[0]) if isinstance(item, Tensor) and item.dim() else 1
-
-
-def seconds_of(recipe: Recipe, trials: Sequence[Trial]) -> float:
-    """How long a trial will take, from how long each of its stages took at most before; unknown ones count nothing."""
-
-    def once(trial: Trial, stage: str) -> float:
-        return trial.seconds.get(stage, 0.0) / max(1, _stages(trial.recipe)[stage])
-
-    return sum(
-        times * max((once(trial, stage) for trial in trials), default=0.0) for stage, times in _stages(recipe).items()
-    )
-
-
-def _stages(recipe: Recipe) -> Counter[str]:
-    """The stages of a trial, and how often each comes: a recipe may hold a pass twice."""
-    return Counter([*(step.name() for step in recipe.steps), "export", "measure"])
-
-
-def fingerprint(workload: Workload) -> str:
-    """16 hexadecimal digits that stand for the workload's file, the networks' parameters and what it reads."""
-    digest = hashlib.sha256()
-    if workload.source is not None and (path := _source_file(workload.source)) is not None:
-        digest.update(path.read_bytes())
-    students = {} if workload.student is None else workload.student.state_dict()
-    for name, value in [*workload.model.state_dict().items(), *students.items()]:
-        if not isinstance(value, Tensor):  # what a module keeps with get_extra_state
-            continue
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(raw(value).data)
-    digest.update(_described(workload.example).encode())
-    return digest.hexdigest()[:16]
-
-
-def _described(batch: Batch) -> str:
-    names = list(batch) if isinstance(batch, Mapping) else None
-    return str((names, [(value.dtype, tuple(value.shape[1:])) for value in tensors(batch)]))
-
-
-def _source_file(source: str) -> Path | None:
-    place = source.rpartition(":")[0]
-    if place.endswith(".py"):
-        return Path(place)
-    spec = importlib.util.find_spec(place)
-    return Path(spec.origin) if spec and spec.origin else None
-
-
-# ------------------------------------------------------------------------------------------------ progress
-
-
-class Progress:
-    """What a long run says of itself; this one keeps silent."""
-
-    def line(self, text: str) -> None:
-        """Something is done."""
-
-    def stage(self, text: str) -> None:
-        """Something begins."""
-
-    def count(self, done: int, total: int) -> None:
-        """So many trials are done of about so many."""
-
-    def close(self) -> None:
-        """There is no more to say."""
-
-
-class Stopwatch:
-    """Seconds by stage; a stage lasts until the next one begins."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.seconds: dict[str, float] = {}
-        self._progress, self._stage, self._begin = progress, "", 0.0
-
-    def __call__(self, text: str) -> None:
-        """The stage `2/4 distill_soft` or `export to openvino` begins; an empty text only ends the last one."""
-        now = time.monotonic()
-        if self._stage:
-            self.seconds[self._stage] = round(self.seconds.get(self._stage, 0.0) + now - self._begin, 3)
-        self._stage, self._begin = re.sub(r"^\d+/\d+ | to \w+$", "", text), now
-        if text:
-            self._progress.stage(text)
 
 
 # ------------------------------------------------------------------------------------------------ the result

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from featherweight import checkpoints, cli, passes, search
+from featherweight import checkpoints, cli, facts, passes, progress, search
 from featherweight.artifact import open_artifact
 from featherweight.checkpoints import kept_in
 from featherweight.errors import ArtifactError
@@ -152,11 +152,11 @@ def searched(folder: Path) -> list:
 
     loaded, made = workload(), []
     recipe = Recipe.from_yaml("steps: [distill_soft]\ntarget: torch")
-    settings = search.Settings(0, 1, 1, search.fingerprint(loaded))
-    trial = search._Search(loaded, search.Budget(0.1), folder, settings, search.Progress())
+    settings = search.Settings(0, 1, 1, facts.fingerprint(loaded))
+    trial = search._Search(loaded, search.Budget(0.1), folder, settings, progress.Progress())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "build", lambda recipe, *_, **__: made.append(compress_model(recipe, loaded)[0]))
-        trial._built(recipe, search.Stopwatch(search.Progress()))
+        trial._built(recipe, progress.Stopwatch(progress.Progress()))
     return state(made[0])
 
 

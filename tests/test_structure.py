@@ -48,7 +48,7 @@ LAYERS = (
     {"passes", "targets"},
     {"artifact", "ensemble", "recipe", "timing"},
     {"measure", "codec", "parallel"},
-    {"behaviour", "search", "trials", "pools", "distributed"},
+    {"behaviour", "facts", "progress", "search", "strategy", "trials", "pools", "distributed"},
     {"report", "testing"},
     {"cli", "__main__", "featherweight"},
 )

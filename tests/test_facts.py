@@ -1,0 +1,72 @@
+"""Facts of workloads, and what tells them apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from featherweight import facts as known
+from featherweight import targets
+from featherweight.errors import WorkloadError
+from featherweight.workload import Workload, load
+
+TARGET = "onnxruntime"
+TINY = Path(__file__).parent / "gratings.py"
+
+
+def test_facts_of_aworkload_of():
+    facts = known.facts_of(load(str(TINY)), (TARGET,))
+    assert facts.folds and facts.linear and facts.multiples[TARGET] == targets.find(TARGET).width_multiple
+    assert facts.epochs * 16 == pytest.approx(known.MOST_STEPS, rel=0.05)  # a tiny network has time for all
+
+
+def workload_of(model: nn.Module, **changes) -> Workload:
+    batch = (torch.randn(4, 8),)
+    return Workload(
+        **{"model": model.eval(), "example": batch, "calibration": [batch], "score": lambda p: 1.0, **changes}
+    )
+
+
+class _Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x + self.inner(x)
+
+
+def test_blocks_are_counted_where_no_batch_norm_is():
+    blocks = nn.Sequential(_Block(), _Block(), nn.Linear(8, 2))
+    assert known.facts_of(workload_of(blocks), (TARGET,)).blocks == 2
+    normed = nn.Sequential(_Block(), nn.BatchNorm1d(8), _Block())
+    assert known.facts_of(workload_of(normed), (TARGET,)).blocks == 0
+
+
+def test_training_data_that_raise_are_bad_input():
+    class Broken:
+        def __iter__(self):
+            raise OSError("the disk is gone")
+
+    with pytest.raises(WorkloadError, match=r"train raised OSError: the disk is gone.*mend it"):
+        known.facts_of(workload_of(nn.Linear(8, 2), train=Broken()), (TARGET,))
+
+
+def test_norms_that_cannot_be_folded_are_not():
+    assert not known.facts_of(workload_of(nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 2))), (TARGET,)).folds
+
+
+@pytest.mark.parametrize("train", [[], ["text"], [3], [((torch.zeros(4, 8),), torch.zeros(4))]])
+def test_length_of_training_is_known_whatever_train_holds(train):
+    assert known.facts_of(workload_of(nn.Linear(8, 2), train=train), (TARGET,)).epochs > 0
+
+
+def test_fingerprint_tells_workloads_apart():
+    one, two = nn.Linear(8, 2), nn.Linear(8, 2)
+    same = known.fingerprint(workload_of(one))
+    assert same == known.fingerprint(workload_of(one))
+    assert same != known.fingerprint(workload_of(two))
+    assert len({same, known.fingerprint(load(str(TINY)))}) == 2

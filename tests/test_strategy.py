@@ -1,0 +1,184 @@
+"""The strategy, played against made-up worlds."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from featherweight import strategy
+from featherweight.recipe import Recipe
+from featherweight.strategy import Facts, next_recipe
+from featherweight.trials import Budget, Trial, best_of, in_words
+from tests.made_up import measurement
+
+TARGET = "onnxruntime"
+FACTS = Facts(targets=(TARGET,), folds=True, linear=True, epochs=2.0, multiples={TARGET: 8})
+
+
+class World:
+    """Says of every recipe what it would cost, as a function of the recipe alone."""
+
+    def __init__(
+        self, breaks_at: float = 0.5, static_drop: float = 0.002, trained_drop: float = 0.001, **of_target: float
+    ):
+        self.breaks_at, self.static_drop, self.trained_drop, self.of_target = (
+            breaks_at,
+            static_drop,
+            trained_drop,
+            of_target,
+        )
+
+    def __call__(self, recipe: Recipe) -> Trial:
+        names = [step.name() for step in recipe.steps]
+        share = max([step.settings().get("share", 0.0) for step in recipe.steps]) if recipe.steps else 0.0
+        trained = names[-1:] == ["distill_soft"]
+        drop = (self.trained_drop if trained else self.static_drop) if "quantize_static" in names else 0.0
+        drop += 0.1 if share > self.breaks_at else 0.001 * share
+        quantized = any(name.startswith("quantize") for name in names)
+        latency = (2.0 if "quantize_static" in names else 5.0) * (1 - share) * self.of_target.get(recipe.target, 1.0)
+        found = measurement(
+            recipe,
+            drop=drop,
+            drop_upper=drop,
+            latency_ms=latency,
+            bytes=int((10 if quantized else 40) * (1 - share) * 1e6),
+        )
+        return Trial(recipe, found)
+
+
+def played(facts: Facts, budget: Budget, world) -> list[Trial]:
+    trials: list[Trial] = []
+    while (recipe := next_recipe(facts, budget, trials)) is not None:
+        assert recipe.digest not in {trial.recipe.digest for trial in trials}
+        trials.append(world(recipe))
+        assert len(trials) < 50
+    return trials
+
+
+def test_a_trial_is_expected_to_take_as_long_as_its_stages_did_each_time_they_come():
+    def recipe(steps: str) -> Recipe:
+        return Recipe.from_yaml(f"{{steps: {steps}, target: {TARGET}}}")
+
+    once = Trial(recipe("[quantize_static, distill_soft]"), None, "", {"quantize_static": 2.0, "distill_soft": 100.0})
+    twice = recipe("[prune_channels, distill_soft, quantize_static, distill_soft]")
+    assert strategy.seconds_of(twice, []) == 0
+    assert strategy.seconds_of(twice, [once]) == 202.0
+    then = Trial(twice, None, "", {"prune_channels": 5.0, "distill_soft": 240.0, "export": 7.0, "measure": 1.0})
+    assert strategy.seconds_of(twice, [once, then]) == 5 + 2 * 120 + 2 + 7 + 1
+    assert strategy.seconds_of(once.recipe, [once, then]) == 120 + 2 + 7 + 1
+
+
+def words(trials: list[Trial]) -> list[str]:
+    return [f"{in_words(trial.recipe)} on {trial.recipe.target}" for trial in trials]
+
+
+def shares(trials: list[Trial]) -> list[float]:
+    return [trial.recipe.steps[0].settings()["share"] for trial in trials if "prune_channels" in in_words(trial.recipe)]
+
+
+def test_ladder_then_bisection_towards_the_largest_share_that_holds():
+    trials = played(FACTS, Budget(0.01), World(breaks_at=0.5))
+    assert words(trials)[:2] == [f"fold_batchnorm on {TARGET}", f"fold_batchnorm + quantize_static on {TARGET}"]
+    assert words(trials)[2] == f"prune_channels 0.4 + distill_soft + fold_batchnorm + quantize_static on {TARGET}"
+    assert shares(trials) == [0.4, 0.6, 0.5, 0.55]
+    best = best_of(trials, Budget(0.01))
+    assert best and best.recipe.steps[0].settings()["share"] == 0.5
+
+
+def test_without_norms_the_first_recipe_is_a_plain_export():
+    trials = played(dataclasses.replace(FACTS, folds=False), Budget(0.01), World())
+    assert trials[0].recipe == Recipe((), TARGET)
+    assert "fold_batchnorm" not in " ".join(words(trials))
+
+
+def test_the_faster_target_is_kept_and_the_others_dropped():
+    facts = dataclasses.replace(FACTS, targets=("onnxruntime", "openvino", "torch"))
+    trials = played(facts, Budget(0.01), World(openvino=0.6, torch=0.9))
+    assert [trial.recipe.target for trial in trials[:6]] == ["onnxruntime", "openvino", "torch"] * 2
+    assert {trial.recipe.target for trial in trials[6:]} == {"openvino"}
+
+
+def test_a_target_that_is_far_slower_is_not_tried_in_int8():
+    facts = dataclasses.replace(FACTS, targets=("onnxruntime", "openvino", "torch"))
+    found = [trial.recipe.target for trial in played(facts, Budget(0.01), World(openvino=0.6, torch=3.0))]
+    assert found[:5] == ["onnxruntime", "openvino", "torch", "onnxruntime", "openvino"] and "torch" not in found[5:]
+
+
+def test_a_target_that_fails_is_left_alone():
+    world = World()
+    facts = dataclasses.replace(FACTS, targets=("onnxruntime", "openvino"))
+    trials = played(facts, Budget(0.01), lambda r: Trial(r, None, "no") if r.target == "openvino" else world(r))
+    assert [trial.recipe.target for trial in trials].count("openvino") == 1
+    assert len(shares(trials)) == strategy.CANDIDATES
+
+
+def test_when_nothing_can_be_exported_there_is_nothing_to_search():
+    assert len(played(FACTS, Budget(0.01), lambda recipe: Trial(recipe, None, "no"))) == 1
+
+
+def test_int8_that_loses_too_much_is_trained():
+    trials = played(FACTS, Budget(0.01), World(static_drop=0.05))
+    assert words(trials)[2] == f"fold_batchnorm + quantize_static + distill_soft on {TARGET}"
+    assert words(trials)[3].endswith(f"quantize_static + distill_soft on {TARGET}") and shares(trials)[0] == 0.4
+
+
+def test_where_training_does_not_help_milder_numbers_are_tried():
+    world = World(static_drop=0.05, trained_drop=0.05)
+    found = words(played(FACTS, Budget(0.01), world))
+    assert found[3] == f"fold_batchnorm + quantize_dynamic on {TARGET}"
+    without_linear = words(played(dataclasses.replace(FACTS, linear=False), Budget(0.01), world))
+    assert without_linear[3] == f"fold_batchnorm + quantize_weights on {TARGET}"
+
+
+def test_for_bytes_four_bits_come_first():
+    found = words(played(FACTS, Budget(0.01, objective="bytes"), World()))
+    assert found[2] == f"fold_batchnorm + quantize_weights on {TARGET}"
+    assert "bits: 4" in played(FACTS, Budget(0.01, objective="bytes"), World())[2].recipe.to_yaml()
+
+
+def test_less_share_after_every_rejection_and_no_more_than_the_candidates():
+    assert shares(played(FACTS, Budget(0.01), World(breaks_at=0.0))) == [0.4, 0.2, 0.1, 0.05]
+    assert shares(played(FACTS, Budget(0.01), World(breaks_at=1.0))) == [0.4, 0.6, 0.7, 0.75]
+
+
+def test_channels_go_first_then_whole_blocks_of_what_is_left():
+    """The budget bears a share of 0.5, and one block of six beside it; smaller candidates are trained for longer."""
+    facts = dataclasses.replace(FACTS, folds=False, blocks=6)
+
+    def world(recipe: Recipe) -> Trial:
+        blocks = [step.settings()["share"] for step in recipe.steps if step.name() == "drop_layers"]
+        return World(breaks_at=0.0 if blocks and blocks[0] > 0.2 else 0.5)(recipe)
+
+    trials = played(facts, Budget(0.01), world)
+    found = words(trials)[2:]
+    on = f"distill_soft + quantize_static on {TARGET}"
+    assert found[:3] == [f"prune_channels {share} + {on}" for share in (0.4, 0.6, 0.5)]
+    assert found[3:] == [f"drop_layers {share} + prune_channels 0.5 + {on}" for share in (0.1667, 0.3333)]
+    epochs = [step.settings()["epochs"] for trial in trials[2:] for step in trial.recipe.steps[-2:-1]]
+    assert epochs[0] < epochs[2] < min(epochs[1], epochs[3]) < epochs[4]
+    assert all(step.settings()["lr"] == strategy.PLAIN_LR for trial in trials[2:] for step in trial.recipe.steps[-2:-1])
+
+
+def test_a_first_block_that_cannot_go_is_the_last_one_tried():
+    facts = dataclasses.replace(FACTS, folds=False, blocks=24)
+    found = words(played(facts, Budget(0.01), World(breaks_at=0.1)))[2:]
+    assert [word.partition(" + ")[0] for word in found] == [
+        *("prune_channels 0.4", "prune_channels 0.2", "prune_channels 0.1", "drop_layers 0.125")
+    ]
+
+
+def test_a_network_that_cannot_be_pruned_costs_two_trials():
+    world = World()
+    trials = played(FACTS, Budget(0.01), lambda r: Trial(r, None, "no") if len(r.steps) > 2 else world(r))
+    assert shares(trials) == [0.4, 0.2]
+
+
+def test_bytes_and_latency_bounds_do_not_turn_the_bisection_round():
+    """What is too heavy needs more pruning, not less."""
+    trials = played(FACTS, Budget(0.01, max_bytes=1), World(breaks_at=1.0))
+    assert shares(trials)[-1] > 0.7
+
+
+def test_the_strategy_does_not_depend_on_the_order_of_trials():
+    trials = played(FACTS, Budget(0.01), World())
+    for count in range(len(trials)):
+        assert next_recipe(FACTS, Budget(0.01), trials[:count][::-1]) == trials[count].recipe
