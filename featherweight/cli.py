@@ -92,6 +92,9 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("--max-drop", required=True, metavar="D", help="of the score: 0.01, or 2%% of the original's")
     add.add_argument("--objective", default="latency", metavar="latency|bytes", help="what is made small (latency)")
     add.add_argument("--max-bytes", type=_whole, metavar="N", help="bound on the size of the artifact's files")
+    add.add_argument(
+        "--max-ram", type=_whole, metavar="N", help="bound on the bytes that a process holds which runs it"
+    )
     add.add_argument("--max-latency-ms", type=_positive, metavar="X", help="bound on the latency")
     add.add_argument("--target", default="auto", metavar="auto|NAME[,NAME]", help="where it is to run (auto)")
     add.add_argument("--time-limit", type=duration, default="15m", metavar="T", help="90s, 15m or 2h (15m)")
@@ -178,7 +181,9 @@ def compress(chosen: argparse.Namespace) -> int:
     """`featherweight compress`: everything that can be checked is checked before the workload is loaded."""
     from featherweight import report, search, trials, workload
 
-    budget = trials.Budget(_drop(chosen.max_drop), chosen.max_bytes, chosen.max_latency_ms, chosen.objective)
+    budget = trials.Budget(
+        _drop(chosen.max_drop), chosen.max_bytes, chosen.max_latency_ms, chosen.objective, chosen.max_ram
+    )
     names = [name.strip() for name in chosen.target.split(",")]
     search.check_targets(names)
     trials.check_folder(chosen.out, chosen.resume)

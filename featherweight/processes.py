@@ -13,7 +13,8 @@ Accelerate finds devices and processes, and passes tensors between them; only on
 stays a loop. Lightning Fabric does as much, but is made to be given network and optimiser, and wraps the forward of the
 one; losses here read two networks, inner layers and gradients of gradients.
 
-Left out: TPUs, to which tensors cannot be moved in place. Accelerators other than CPUs were not at hand to be tried.
+TPUs come with torch_xla, whose last release is for torch 2.9. What it needs was run with that pair and XLA on a CPU
+(`benchmarks/xla_training.py`); neither TPUs nor GPUs were at hand to be tried.
 """
 
 from __future__ import annotations
@@ -98,6 +99,17 @@ class Processes:
         self.agree([first])
         return not self.any(int(first.item()) != count)
 
+    def variable(self, value: float) -> float | Tensor:
+        """`value` in the form in which it may change from step to step: XLA compiles numbers into its programs."""
+        return torch.tensor(value, device=self.device) if self.device.type == XLA else value
+
+    def close_step(self) -> None:
+        """A step is complete: XLA, which only notes what is to be computed, computes it now."""
+        if self.device.type == XLA:
+            import torch_xla
+
+            torch_xla.sync()
+
     def wait(self) -> None:
         """Until all processes have come this far."""
         if self.count > 1:
@@ -106,6 +118,7 @@ class Processes:
             PartialState().wait_for_everyone()
 
 
+XLA = "xla"  # the type of its devices
 ALONE = Processes(0, 1, torch.device("cpu"))
 
 
@@ -121,7 +134,7 @@ def processes() -> Processes:
             f"This is one of {launched} processes (WORLD_SIZE), which cannot train together without accelerate. "
             "Install it with: pip install 'featherweight[train]'."
         )
-    accelerator = torch.accelerator.is_available()
+    accelerator = torch.accelerator.is_available() or importlib.util.find_spec("torch_xla") is not None
     if not installed or (launched == 1 and not accelerator):
         return ALONE
     from accelerate import PartialState
@@ -135,12 +148,37 @@ def processes() -> Processes:
 def lying_on(device: torch.device, networks: Iterable[nn.Module], besides: Iterable[Tensor]) -> Iterator[None]:
     """Inside the block all tensors of `networks`, and those `besides`, lie on `device`; then where they lay before."""
     found = [t for network in networks for t in (*network.parameters(), *network.buffers())] + list(besides)
-    homes = [(t, t.data) for t in {id(t): t for t in found}.values() if t.device != device]
-    for tensor, home in homes:
-        tensor.data = home.to(device, copy=True)
+    away = [t for t in {id(t): t for t in found}.values() if t.device != device]
+    homes = [(t, _sent(t, device)) for t in away]
     try:
         yield
     finally:
         for tensor, home in homes:
-            home.copy_(tensor.data)
-            tensor.data = home
+            home.copy_(tensor.detach())
+            _put(tensor, home)
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Moves `tensor` in place, and returns what it held."""
+    home = tensor.detach()
+    _put(tensor, home.to(device, copy=True))
+    return home
+
+
+def _put(tensor: Tensor, value: Tensor) -> None:
+    """`tensor` holds what `value` holds, where that lies.
+
+    Tensors of XLA are of another kind within, so that the whole object is exchanged, which weak references forbid:
+    recurrent layers have such to their weights.
+    """
+    if XLA not in (tensor.device.type, value.device.type):
+        tensor.data = value
+        return
+    other = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+    try:
+        torch.utils.swap_tensors(tensor, other)
+    except RuntimeError as error:
+        raise TargetError(
+            f"A tensor of shape {tuple(tensor.shape)} cannot be moved to or from XLA: {error} Recurrent layers cannot "
+            "be trained there: train on another device, where torch_xla is not installed."
+        ) from error

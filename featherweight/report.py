@@ -366,6 +366,8 @@ def _budget(findings: Findings) -> Iterator[Block]:
     ]
     if budget.max_bytes is not None:
         bounds.append(f"Size: at most {size(budget.max_bytes)}")
+    if budget.max_ram is not None:
+        bounds.append(f"Memory: at most {size(budget.max_ram)}")
     if budget.max_latency_ms is not None:
         bounds.append(f"Latency: at most {number(budget.max_latency_ms)} ms")
     yield Bullets([*bounds, f"Made as small as that allows: {budget.objective}"])

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from featherweight import memory
 from featherweight.checkpoints import Checkpoint
 from featherweight.errors import LayerError, WorkloadError
-from featherweight.processes import Processes, lying_on, processes
+from featherweight.processes import XLA, Processes, lying_on, processes
 from featherweight.surgery import computing_in, done, layer_of, matches, thawed
 from featherweight.workload import Batch, Workload, call, count_batches, like, tensors
 
@@ -93,7 +93,8 @@ def train(
             memory.keeping(),
         ):
             together.agree(learnt)
-            optimizer = torch.optim.AdamW(relative_rates(learnt, lr), weight_decay=0.0, fused=True)
+            lazy = together.device.type == XLA  # it fuses by itself, and compiles numbers into its programs
+            optimizer = torch.optim.AdamW(relative_rates(learnt, lr), weight_decay=0.0, fused=not lazy, capturable=lazy)
             about = (step, where, count, lr, precision, together)
             checkpoint = Checkpoint(model, about, [*learnt, *norms.statistics()], optimizer)
             shares = (together.share(*pair) for pair in islice(_batches(data, workload.example, step), count))
@@ -131,7 +132,7 @@ class _Course:
         bar = tqdm(batches, "distil", self.steps, False, initial=len(losses), unit="step", disable=_unwatched())
         for batch, target in bar:
             for group, full in zip(self.optimizer.param_groups, rates, strict=True):
-                group["lr"] = full * rate(len(losses), self.steps)
+                group["lr"] = self.together.variable(full * rate(len(losses), self.steps))
             self.norms.expect(len(losses), batch)
             losses.append(self._gradients(batch, target))
             if not math.isfinite(losses[-1]):
@@ -141,6 +142,7 @@ class _Course:
                     "without it."
                 )
             self.optimizer.step()
+            self.together.close_step()
             if self.together.any(self.checkpoint.due(finished=len(losses) == self.steps)):
                 self.checkpoint.keep(losses)
             bar.set_postfix(loss=f"{losses[-1]:.3g}", refresh=False)

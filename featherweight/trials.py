@@ -32,6 +32,7 @@ BASELINE, TRIALS, BEST, RESULT, RECIPE = (
     "recipe.yaml",
 )  # in the folder
 OBJECTIVES = {"latency": "latency_ms", "bytes": "bytes"}  # what is made small, and the field that says how small it is
+BOUNDS = {"max_bytes": "bytes", "max_latency_ms": "latency_ms", "max_ram": "peak_rss_bytes"}  # and what they bound
 DIGEST = "[0-9a-f]{16}"  # what the folder of a trial is called
 
 
@@ -46,6 +47,8 @@ class Budget:
         max_drop: of the score: a number, or a share of the original's score such as "2%".
         max_bytes: of the artifact's files; None for no bound.
         max_latency_ms: of one run; None for no bound.
+        max_ram: bytes that a process holds at most while it loads and runs the artifact, interpreter and libraries
+            included; None for no bound.
         objective: "latency" or "bytes".
 
     >>> Budget("2%").allowed(0.5)
@@ -56,6 +59,7 @@ class Budget:
     max_bytes: int | None = None
     max_latency_ms: float | None = None
     objective: str = "latency"
+    max_ram: int | None = None
 
     def __post_init__(self) -> None:
         share = isinstance(self.max_drop, str)
@@ -70,7 +74,7 @@ class Budget:
                 f"max_drop={self.max_drop} makes no sense: a budget is what may be lost of the score, zero or more. "
                 "Give such a number, 0.01 say."
             )
-        for name in ("max_bytes", "max_latency_ms"):
+        for name in BOUNDS:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise BudgetError(f"{name}={value} cannot be met: it must be above zero. Raise it, or leave it out.")
@@ -92,10 +96,10 @@ class Budget:
         allowed = self.allowed(found.original_score)
         unit = max(allowed, 0.001 * abs(found.original_score), 1e-9)  # a bound of zero is no unit
         over = {"max_drop": (found.drop_upper - allowed) / unit}
-        if self.max_bytes is not None:
-            over["max_bytes"] = found.bytes / self.max_bytes - 1
-        if self.max_latency_ms is not None:
-            over["max_latency_ms"] = found.latency_ms / self.max_latency_ms - 1
+        for name, field_name in BOUNDS.items():
+            bound, value = getattr(self, name), getattr(found, field_name)
+            if bound is not None:
+                over[name] = math.inf if value is None else value / bound - 1  # what was not measured keeps to nothing
         return over
 
     def objection(self, found: Measurement) -> str:
@@ -105,6 +109,7 @@ class Budget:
             "max_drop": f"the drop may be {found.drop_upper:.4g}, above {allowed:.4g}",
             "max_bytes": f"{found.bytes:,} bytes, above {self.max_bytes or 0:,}",
             "max_latency_ms": f"{found.latency_ms:.4g} ms, above {self.max_latency_ms or 0:.4g}",
+            "max_ram": f"{found.peak_rss_bytes or 0:,} bytes of memory, above {self.max_ram or 0:,}",
         }
         return "; ".join(words[name] for name, over in self.excess(found).items() if over > 0)
 

@@ -48,7 +48,7 @@ LAYERS = (
     {"passes", "targets"},
     {"artifact", "ensemble", "recipe", "timing"},
     {"measure", "codec", "parallel"},
-    {"behaviour", "facts", "progress", "search", "strategy", "trials", "pools", "distributed"},
+    {"allocation", "behaviour", "facts", "progress", "search", "strategy", "trials", "pools", "distributed"},
     {"report", "testing"},
     {"cli", "__main__", "featherweight"},
 )

@@ -31,6 +31,7 @@ TARGET = "onnxruntime"
         ({"max_drop": "much"}, "is no number"),
         ({"max_drop": "0.01"}, "is no number"),
         ({"max_drop": 0.01, "max_bytes": 0}, "max_bytes=0 cannot be met"),
+        ({"max_drop": 0.01, "max_ram": -1}, "max_ram=-1 cannot be met"),
         ({"max_drop": 0.01, "max_latency_ms": math.inf}, "max_latency_ms=inf cannot be met"),
         ({"max_drop": 0.01, "objective": "beauty"}, "There are: latency, bytes"),
     ],
@@ -56,6 +57,14 @@ def test_every_bound_that_is_exceeded_is_named():
     budget = Budget(0.01, max_bytes=1000, max_latency_ms=1.0)
     objection = budget.objection(measurement(drop=0.2, bytes=2000, latency_ms=3.0))
     assert "drop may be" in objection and "2,000 bytes, above 1,000" in objection and "3 ms, above 1" in objection
+
+
+@pytest.mark.parametrize(
+    ("held", "objection"), [(2000, "2,000 bytes of memory, above 1,000"), (None, "above 1,000"), (900, "")]
+)
+def test_memory_is_bounded_where_it_was_measured(held, objection):
+    assert objection in Budget(0.01, max_ram=1000).objection(measurement(peak_rss_bytes=held))
+    assert bool(objection) == bool(Budget(0.01, max_ram=1000).objection(measurement(peak_rss_bytes=held)))
 
 
 # ------------------------------------------------------------------------------------------------ choosing
