@@ -23,26 +23,31 @@ from pathlib import Path
 from typing import Any
 
 from featherweight import targets
+from featherweight.allocation import predicted_frontier
 from featherweight.artifact import Artifact, build, open_artifact, replace_artifact, versions_of, write_text_atomic
 from featherweight.checkpoints import kept_in
+from featherweight.damage_table import damage_table, steps_of
 from featherweight.errors import (
     ArtifactError,
     BudgetError,
     ExportError,
     FeatherweightError,
+    LayerError,
     ProcessError,
     TargetError,
 )
 from featherweight.facts import facts_of, fingerprint
 from featherweight.measure import Baseline, Measurement, baseline, measure, physical_cores
+from featherweight.passes import Pass
 from featherweight.processes import processes
 from featherweight.progress import Progress, Stopwatch
-from featherweight.recipe import Recipe
-from featherweight.strategy import expected, next_recipe, seconds_of
+from featherweight.recipe import Recipe, compress_model
+from featherweight.strategy import Facts, expected, next_recipe, seconds_of
 from featherweight.timing import keeping_originals
 from featherweight.trials import (
     BASELINE,
     BEST,
+    DAMAGES,
     DIGEST,
     RECIPE,
     RESULT,
@@ -259,6 +264,9 @@ class _Search:
         self.progress.line(f"the original: {figures(self.original.measurement)}")
         self.watch("facts")
         facts = facts_of(self.workload, names)
+        if self.budget.objective == "bytes":
+            self.watch("damage")
+            facts = dataclasses.replace(facts, stored=self._few_bits(facts))
         self.watch("")
         while (recipe := next_recipe(facts, self.budget, self.trials)) is not None:
             self.progress.count(len(self.trials), expected(facts, len(self.trials)))
@@ -277,6 +285,17 @@ class _Search:
                 f"{self.trials[0].error}"
             )
         self.progress.count(len(self.trials), len(self.trials))
+
+    def _few_bits(self, facts: Facts) -> tuple[tuple[Pass, ...], ...]:
+        """Steps that store weights in few bits, from the least harmful to the smallest."""
+        key = {"fingerprint": self.settings.fingerprint, "versions": versions_of("eager")}
+        try:
+            model, _ = compress_model(Recipe(facts.steps(), facts.targets[0]), self.workload)
+            table = damage_table(model, self.workload, self.folder / DAMAGES, key)
+        except LayerError as error:
+            self.progress.line(f"no damage table: {error}")
+            return ()
+        return tuple(steps for choices in predicted_frontier(table) if (steps := steps_of(choices)))
 
     def _try(self, recipe: Recipe) -> Trial:
         watch, by_chance = Stopwatch(self.progress), False

@@ -1,10 +1,11 @@
 """What a search tries next: a pure function of facts of the workload, the budget and the trials so far.
 
 Three rungs, cheapest first. The network as it is on every target, and whole in int8 on those that are not far slower
-than another: the best target is kept. Where int8 loses too much, int8 trained by distillation, int8 with ranges found
-while running, and weights alone in 8 bits. Then a bisection over one knob, the share of channels that is removed, each
-candidate distilled and turned to numbers as the second rung found best. Networks that repeat alike blocks, as
-transformers do, then lose whole blocks too, as many as the budget bears.
+than another: the best target is kept. Where bytes count, weights in 4 to 8 bits layer by layer, the smallest that the
+budget bears by a bisection along what the damage table predicts. Where int8 loses too much, int8 trained by
+distillation, int8 with ranges found while running, and weights alone in 8 bits. Then a bisection over one knob, the
+share of channels that is removed, each candidate distilled and turned to numbers as the second rung found best.
+Networks that repeat alike blocks, as transformers do, then lose whole blocks too, as many as the budget bears.
 
 The loop that tries, and measures what it tried, is `search`'s affair; where the facts come from, that of `facts`.
 """
@@ -40,6 +41,8 @@ class Facts:
         epochs: how long a candidate is distilled.
         blocks: how many alike blocks there are that may be removed whole; 0 for none.
         multiples: by target, the number of which channel counts should be multiples.
+        stored: steps that store weights in fewer bits layer by layer, from the least harmful to the smallest, as the
+            damage table predicts; where bytes are what is made small.
     """
 
     targets: tuple[str, ...]
@@ -48,6 +51,7 @@ class Facts:
     epochs: float
     blocks: int = 0
     multiples: Mapping[str, int] = field(default_factory=dict)
+    stored: tuple[tuple[Pass, ...], ...] = ()
 
     def steps(self, *names: str | Pass, shape: Sequence[Pass] = ()) -> tuple[Pass, ...]:
         """`shape`, then the fold where there is something to fold, then the passes named."""
@@ -128,8 +132,9 @@ def share_to_try(tried: Sequence[tuple[float, bool]], most: int = CANDIDATES) ->
 
 def _numbers(facts: Facts, budget: Budget, target: str, plain: Trial) -> Generator[Recipe, Trial, Numbers]:
     """The cheapest numbers whose loss the budget bears; none where it bears no loss."""
-    tried: list[tuple[Trial, Numbers]] = [(plain, ())]
-    for numbers in _rungs(facts, budget):
+    tried: list[tuple[Trial, Numbers]] = [(plain, ()), *(yield from _few_bits(facts, budget, target))]
+    rungs = [] if any(trial.drop_fits(budget) for trial, _ in tried[1:]) else _rungs(facts)
+    for numbers in rungs:
         trial = yield Recipe(facts.steps(*numbers), target)
         tried.append((trial, numbers))
         if trial.drop_fits(budget) and _cost(trial, trial, budget) < _cost(plain, plain, budget):
@@ -137,10 +142,20 @@ def _numbers(facts: Facts, budget: Budget, target: str, plain: Trial) -> Generat
     return min(tried, key=lambda item: (not item[0].drop_fits(budget), _cost(item[0], item[0], budget)))[1]
 
 
-def _rungs(facts: Facts, budget: Budget) -> Iterator[Numbers]:
+def _few_bits(facts: Facts, budget: Budget, target: str) -> Generator[Recipe, Trial, list[tuple[Trial, Numbers]]]:
+    """Bits layer by layer: the smallest first, then a bisection along what the damage table predicts."""
+    tried: list[tuple[Trial, Numbers]] = []
+    fits, breaks, index = -1, len(facts.stored), len(facts.stored) - 1
+    while fits < index < breaks and len(tried) < CANDIDATES:
+        trial = yield Recipe(facts.steps(*facts.stored[index]), target)
+        tried.append((trial, facts.stored[index]))
+        fits, breaks = (index, breaks) if trial.drop_fits(budget) else (fits, index)
+        index = (fits + breaks) // 2
+    return tried
+
+
+def _rungs(facts: Facts) -> Iterator[Numbers]:
     """Ways to turn the whole network to numbers, most promising first."""
-    if budget.objective == "bytes":
-        yield (_step("quantize_weights", bits=4, block=64),)
     yield (_step("quantize_static"),)
     yield (_step("quantize_static"), facts.distil())
     if facts.linear:

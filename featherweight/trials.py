@@ -16,6 +16,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from featherweight.errors import ArtifactError, BudgetError, FeatherweightError
 from featherweight.measure import Measurement
 from featherweight.recipe import Recipe
 
-BASELINE, TRIALS, BEST, RESULT, RECIPE = (
+BASELINE, DAMAGES, TRIALS, BEST, RESULT, RECIPE = (
     "baseline.json",
+    "damages.json",
     "trials",
     "best",
     "result.json",
@@ -185,7 +187,8 @@ def in_words(recipe: Recipe) -> str:
         f"{step.name()} {step.settings()['share']:g}" if "share" in step.settings() else step.name()
         for step in recipe.steps
     ]
-    return " + ".join(words) or "as it is"
+    counted = [(word, len(list(same))) for word, same in groupby(words)]
+    return " + ".join(word if count == 1 else f"{word} × {count}" for word, count in counted) or "as it is"
 
 
 # ------------------------------------------------------------------------------------------------ on disk

@@ -152,7 +152,10 @@ def test_a_search_is_not_for_several_processes(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_tensors_lie_elsewhere_for_a_while_and_bring_back_what_became_of_them():
+@pytest.mark.parametrize("exchanged", [False, True])
+def test_tensors_lie_elsewhere_for_a_while_and_bring_back_what_became_of_them(exchanged, monkeypatch):
+    if exchanged:  # as for tensors of XLA
+        monkeypatch.setattr(processes, "XLA", "cpu")
     student, teacher, besides = nn.BatchNorm1d(2), nn.Linear(2, 2), nn.Parameter(torch.ones(2))
     tensors = [*student.parameters(), *student.buffers(), *teacher.parameters(), besides]
     homes = [t.data_ptr() for t in tensors]
@@ -163,3 +166,10 @@ def test_tensors_lie_elsewhere_for_a_while_and_bring_back_what_became_of_them():
             besides += 1
     assert [t.data_ptr() for t in tensors] == homes
     assert student.running_mean.tolist() == [1, 1] and besides.tolist() == [2, 2] and besides.requires_grad
+
+
+def test_recurrent_layers_do_not_go_to_xla(monkeypatch):
+    monkeypatch.setattr(processes, "XLA", "cpu")
+    away = lying_on(torch.device("cpu", 0), [nn.LSTM(2, 2)], [])
+    with pytest.raises(TargetError, match=r"cannot be moved to or from XLA.*train on another device"), away:
+        pass

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
+
 from featherweight import strategy
+from featherweight.passes import build
 from featherweight.recipe import Recipe
 from featherweight.strategy import Facts, next_recipe
 from featherweight.trials import Budget, Trial, best_of, in_words
@@ -129,10 +132,28 @@ def test_where_training_does_not_help_milder_numbers_are_tried():
     assert without_linear[3] == f"fold_batchnorm + quantize_weights on {TARGET}"
 
 
-def test_for_bytes_four_bits_come_first():
-    found = words(played(FACTS, Budget(0.01, objective="bytes"), World()))
-    assert found[2] == f"fold_batchnorm + quantize_weights on {TARGET}"
-    assert "bits: 4" in played(FACTS, Budget(0.01, objective="bytes"), World())[2].recipe.to_yaml()
+STORED = tuple((build("quantize_weights", {"bits": 8 - n, "where": f"layer{n}"}, "here"),) for n in range(6))
+
+
+@pytest.mark.parametrize("last", range(-1, 6))
+def test_for_bytes_the_smallest_ways_to_store_that_the_budget_bears_are_found_by_bisection(last):
+    """Of six ways, from the least harmful to the smallest, those up to `last` keep to the budget."""
+
+    def world(recipe: Recipe) -> Trial:
+        ways = [step for step in recipe.steps if step in {way for (way,) in STORED}]
+        index = STORED.index((ways[0],)) if ways else -1
+        pruned = any(step.name() == "prune_channels" for step in recipe.steps)
+        drop = 0.02 if index > last or pruned else 0.0
+        return Trial(recipe, measurement(recipe, drop=drop, drop_upper=drop, bytes=40_000_000 - 1_000_000 * index))
+
+    facts = dataclasses.replace(FACTS, stored=STORED)
+    trials = played(facts, Budget(0.01, objective="bytes"), world)
+    tried = [STORED.index(trial.recipe.steps[-1:]) for trial in trials if trial.recipe.steps[-1:] in STORED]
+    alone = tried[: next((n for n, trial in enumerate(trials[2:]) if len(trial.recipe.steps) > 2), len(tried))]
+    assert alone[0] == 5 and len(alone) <= 4 and len(set(alone)) == len(alone)
+    best = best_of(trials, Budget(0.01, objective="bytes"))
+    found = [step for step in best.recipe.steps if step.name() == "quantize_weights"]
+    assert found == ([] if last < 0 else [STORED[last][0]])
 
 
 def test_less_share_after_every_rejection_and_no_more_than_the_candidates():

@@ -1,0 +1,133 @@
+"""What it does to the outputs of a network when one layer alone is stored in fewer bits: measured once, kept on disk.
+
+For each layer and each way to store it, the squared error of the outputs on calibration data, as `damage` has it, and
+the bytes that the layer then takes. Layers that share a weight are treated together, and named by the first. What is
+made of the table is `allocation`'s affair and the strategy's; ranks, widths and codebooks are not in it yet.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from tqdm import tqdm
+
+from featherweight import passes
+from featherweight.allocation import Option
+from featherweight.artifact import write_text_atomic
+from featherweight.damage import damage, first_examples, floating_outputs
+from featherweight.errors import ArtifactError, LayerError
+from featherweight.passes import Pass
+from featherweight.passes._storing import KINDS
+from featherweight.surgery import dense_of, encoding_of, groups_by_weight, is_computed, recording
+from featherweight.trials import read_json
+from featherweight.workload import Workload
+
+STEP = "quantize_weights"
+WAYS: dict[str, dict[str, Any]] = {  # other numbers of bits take no fewer bytes than the next of these
+    "8 bits": {"bits": 8},
+    "4 bits in blocks of 32": {"bits": 4, "block": 32},
+    "4 bits in blocks of 128": {"bits": 4, "block": 128},
+    "4 bits": {"bits": 4},
+}
+FLOAT = "32 bits"
+EXAMPLES = 64  # of calibration data
+
+
+def damage_table(model: nn.Module, workload: Workload, path: Path, key: Mapping[str, Any]) -> list[Option]:
+    """An option for each layer with weights and each of WAYS, and one that leaves it as it is.
+
+    Entries are written to `path` as they come, and read from it where they lie there for the same `key`.
+
+    Args:
+        model: in evaluation mode, dense; not changed.
+        workload: whose calibration data are run.
+        path: of a JSON file.
+        key: all that the table depends on, as JSON has it.
+
+    Raises:
+        ArtifactError: the file cannot be read or written.
+        LayerError: the network returns nothing that can be compared.
+    """
+    batch = first_examples(workload.calibration, EXAMPLES)
+    wanted = floating_outputs(model, batch, "the search")
+    known = _stored(path, key)
+    entries = [(name, way) for name in _layers(model) for way in WAYS]
+    for name, way in tqdm([e for e in entries if e not in known], "damage", disable=not sys.stderr.isatty()):
+        changed, size = _stored_otherwise(model, workload, name, WAYS[way])
+        done = damage(floating_outputs(changed, batch, "the search"), wanted)
+        known[name, way] = Option(name, way, done, float(size))
+        _write(path, key, known)
+    floats = [Option(name, FLOAT, 0.0, float(weight)) for name, weight in _layers(model).items()]
+    return [*floats, *(known[entry] for entry in entries if known[entry].cost > 0)]
+
+
+def steps_of(choices: Mapping[str, Option]) -> tuple[Pass, ...]:
+    """The steps that store each layer as it was chosen; none for those that stay as they are.
+
+    >>> a, b = Option("a", "8 bits", 0.1, 8.0), Option("b", "32 bits", 0.0, 8.0)
+    >>> [(step.name(), step.where, step.bits) for step in steps_of({"a": a, "b": b})]
+    [('quantize_weights', 'a', 8)]
+    """
+    found = []
+    for way, settings in WAYS.items():
+        layers = [layer for layer, option in choices.items() if option.choice == way]
+        if layers:
+            found.append(passes.build(STEP, {**settings, "where": ", ".join(layers)}, "the search"))
+    return tuple(found)
+
+
+def _layers(model: nn.Module) -> dict[str, int]:
+    """The bytes of each weight that can be stored otherwise, by the names of the layers that share it."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, KINDS) and not is_computed(m)}
+    groups = groups_by_weight(model, layers)
+    return {", ".join(group): dense_of(next(iter(group.values()))).nbytes for group in groups}
+
+
+def _stored_otherwise(
+    model: nn.Module, workload: Workload, names: str, settings: Mapping[str, Any]
+) -> tuple[nn.Module, int]:
+    """A copy in which the layers `names` are stored as `settings` say, and the bytes that takes; 0 where they are left.
+
+    All other layers are copied without their tensors, which both networks then share.
+    """
+    step = passes.build(STEP, {**settings, "where": names}, "the search")
+    touched = names.split(", ")
+    kept = [t for name, module in model.named_modules() if name not in touched for t in _own(module)]
+    changed = copy.deepcopy(model, {id(tensor): tensor for tensor in kept})
+    with recording():
+        try:
+            changed = step.apply(changed, workload).eval()
+        except LayerError:
+            return changed, 0
+    encoding = encoding_of(changed.get_submodule(touched[0]))
+    return changed, 0 if encoding is None else sum(b.nbytes for b in encoding.buffers())
+
+
+def _own(module: nn.Module) -> Iterator[Any]:
+    yield from module.parameters(recurse=False)
+    yield from module.buffers(recurse=False)
+
+
+def _stored(path: Path, key: Mapping[str, Any]) -> dict[tuple[str, str], Option]:
+    if not path.exists():
+        return {}
+    stored = read_json(path)
+    if stored.get("key") != dict(key):
+        return {}
+    try:
+        options = [Option(**entry) for entry in stored["options"]]
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(f"{path} holds no table of this version ({error}). Delete it, and resume.") from error
+    return {(option.layer, option.choice): option for option in options}
+
+
+def _write(path: Path, key: Mapping[str, Any], known: Mapping[tuple[str, str], Option]) -> None:
+    entries = [dataclasses.asdict(option) for option in known.values()]
+    write_text_atomic(path, json.dumps({"key": dict(key), "options": entries}, indent=1, allow_nan=False) + "\n")

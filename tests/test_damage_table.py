@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from featherweight import damage_table
+from featherweight.allocation import cheapest, total_cost
+from featherweight.damage_table import FLOAT, WAYS, steps_of
+from featherweight.damage_table import damage_table as table_of
+from featherweight.errors import ArtifactError
+from featherweight.recipe import Recipe, compress_model
+from featherweight.surgery import encodings
+from featherweight.testing import networks, relative_error, run, state
+from featherweight.workload import Workload
+
+KEY = {"fingerprint": "0", "versions": {"torch": "2"}}
+
+
+class Uneven(nn.Module):
+    """A layer in the middle that hardly matters, between two that do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.hardly, self.last = nn.Linear(32, 64), nn.Linear(64, 64), nn.Linear(64, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.relu(self.first(x))
+        return self.last(h + 0.01 * self.hardly(h))
+
+
+@pytest.fixture
+def workload() -> Workload:
+    torch.manual_seed(0)
+    batches = [(torch.randn(16, 32),) for _ in range(4)]
+    return Workload(Uneven().eval(), (batches[0][0][:2],), batches, lambda predict: 0.0)
+
+
+def test_every_layer_has_every_way_and_bytes_are_those_of_the_encoding(workload, tmp_path):
+    before = copy.deepcopy(state(workload.model))
+    table = table_of(workload.model, workload, tmp_path / "d.json", KEY)
+    assert {(o.layer, o.choice) for o in table} == {(n, w) for n in ("first", "hardly", "last") for w in (FLOAT, *WAYS)}
+    assert all(map(torch.equal, state(workload.model), before))
+    eight = [o for o in table if o.choice == "8 bits"]
+    stored, _ = compress_model(Recipe(steps_of({o.layer: o for o in eight}), "torch"), workload)
+    sizes = {name.removesuffix(".weight"): sum(b.nbytes for b in e.buffers()) for name, e in encodings(stored).items()}
+    assert sizes == {o.layer: o.cost for o in eight}
+
+
+def test_what_hardly_matters_is_stored_in_fewer_bits(workload, tmp_path):
+    table = table_of(workload.model, workload, tmp_path / "d.json", KEY)
+    four = {o.layer: o for o in table if o.choice == "4 bits"}
+    assert four["hardly"].damage < 0.01 * min(four["first"].damage, four["last"].damage)
+    found = cheapest(table, 2 * four["hardly"].damage)
+    assert "4 bits" in found["hardly"].choice and "4 bits" not in found["first"].choice
+    small, _ = compress_model(Recipe(steps_of(found), "torch"), workload)
+    assert relative_error(run(small, workload.example), run(workload.model, workload.example)) < 0.02
+    assert total_cost(found) < sum(o.cost for o in table if o.choice == FLOAT) / 2
+
+
+def test_entries_that_lie_on_disk_are_not_measured_again(workload, tmp_path, monkeypatch):
+    path = tmp_path / "d.json"
+    whole = table_of(workload.model, workload, path, KEY)
+    stored = json.loads(path.read_text())
+    path.write_text(json.dumps({**stored, "options": stored["options"][:-3]}))
+    asked = []
+    real = damage_table.damage
+    monkeypatch.setattr(damage_table, "damage", lambda *a: asked.append(a) or real(*a))
+    assert table_of(workload.model, workload, path, KEY) == whole and len(asked) == 3
+    table_of(workload.model, workload, path, {**KEY, "fingerprint": "another"})
+    assert len(asked) == 3 + len(whole) - 3  # all but those that leave a layer as it is
+
+
+def test_a_table_that_cannot_be_read_is_named(workload, tmp_path):
+    path = tmp_path / "d.json"
+    path.write_text(json.dumps({"key": KEY, "options": [{"layer": "first"}]}))
+    with pytest.raises(ArtifactError, match=r"d\.json holds no table of this version.*Delete it"):
+        table_of(workload.model, workload, path, KEY)
+
+
+@pytest.mark.parametrize("name", networks())
+def test_all_kinds_of_networks_have_a_table(name, tmp_path):
+    workload = networks()[name]
+    table = table_of(workload.model, workload, tmp_path / "d.json", KEY)
+    assert all(0 <= option.damage < 10 and option.cost > 0 for option in table)
+    smallest = {o.layer: o for o in sorted(table, key=lambda o: -o.cost)}
+    compress_model(Recipe(steps_of(smallest), "torch"), workload)
