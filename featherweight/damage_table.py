@@ -57,7 +57,7 @@ def damage_table(model: nn.Module, workload: Workload, path: Path, key: Mapping[
     """
     batch = first_examples(workload.calibration, EXAMPLES)
     wanted = floating_outputs(model, batch, "the search")
-    known = _stored(path, key)
+    known = {(option.layer, option.choice): option for option in stored_table(path, key)}
     entries = [(name, way) for name in _layers(model) for way in WAYS]
     for name, way in tqdm([e for e in entries if e not in known], "damage", disable=not sys.stderr.isatty()):
         changed, size = _stored_otherwise(model, workload, name, WAYS[way])
@@ -115,17 +115,21 @@ def _own(module: nn.Module) -> Iterator[Any]:
     yield from module.buffers(recurse=False)
 
 
-def _stored(path: Path, key: Mapping[str, Any]) -> dict[tuple[str, str], Option]:
+def stored_table(path: Path, key: Mapping[str, Any] | None = None) -> list[Option]:
+    """What lies at `path`, for `key` if one is given; nothing where there is no table.
+
+    Raises:
+        ArtifactError: the file cannot be read.
+    """
     if not path.exists():
-        return {}
+        return []
     stored = read_json(path)
-    if stored.get("key") != dict(key):
-        return {}
+    if key is not None and stored.get("key") != dict(key):
+        return []
     try:
-        options = [Option(**entry) for entry in stored["options"]]
+        return [Option(**entry) for entry in stored["options"]]
     except (KeyError, TypeError) as error:
         raise ArtifactError(f"{path} holds no table of this version ({error}). Delete it, and resume.") from error
-    return {(option.layer, option.choice): option for option in options}
 
 
 def _write(path: Path, key: Mapping[str, Any], known: Mapping[tuple[str, str], Option]) -> None:

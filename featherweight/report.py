@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from featherweight.allocation import Option
 from featherweight.artifact import write_text_atomic
+from featherweight.damage_table import stored_table
 from featherweight.errors import ArtifactError, FeatherweightError
 from featherweight.measure import Measurement
-from featherweight.trials import BASELINE, RESULT, Budget, Trial, frontier, in_words, read_json, read_trials
+from featherweight.trials import BASELINE, DAMAGES, RESULT, Budget, Trial, frontier, in_words, read_json, read_trials
 
 # ------------------------------------------------------------------------------------------------ what is known
 
@@ -47,6 +49,7 @@ class Findings:
     best: Measurement | None
     rows: list[Row]
     seconds: dict[str, float]
+    damages: Sequence[Option]
 
     @property
     def objective(self) -> str:
@@ -104,6 +107,7 @@ def read(folder: Path) -> Findings:
         best=best,
         rows=rows,
         seconds=result.get("seconds", {}),
+        damages=stored_table(folder / DAMAGES),
     )
 
 
@@ -400,6 +404,9 @@ def _notes(findings: Findings) -> Iterator[Block]:
     yield Bullets(shown.doubts) if shown.doubts else Text("None was found.")
     if findings.best:
         yield from _about_best(findings.best)
+    if findings.damages:
+        yield Heading("What each layer bears")
+        yield _damages(findings.damages, findings.best)
     if findings.seconds:
         yield Heading("Where the time went")
         spent = sorted(findings.seconds.items(), key=lambda item: -item[1])
@@ -427,6 +434,21 @@ def _about_best(best: Measurement) -> Iterator[Block]:
         yield Table(
             f"What was done to each layer ({len(rows)} entries)", ["layer", "done", "left, and why"], rows, folded=True
         )
+
+
+def _damages(table: Sequence[Option], best: Measurement | None) -> Table:
+    """A row for each layer: what each way to store it does to the outputs, and what became of it in the best."""
+    ways = list(dict.fromkeys(option.choice for option in table))
+    done = {row.get("layer", ""): row.get("done", "–") for row in best.coverage} if best else {}
+    layers: dict[str, dict[str, str]] = {}
+    for option in table:
+        layers.setdefault(option.layer, {})[option.choice] = f"{option.damage:.2g}, {size(round(option.cost))}"
+    rows = [
+        [name, *(found.get(way, "–") for way in ways), done.get(name.partition(", ")[0], "–")]
+        for name, found in layers.items()
+    ]
+    title = "Relative squared error of the outputs, and bytes, where one layer alone is stored in fewer bits"
+    return Table(title, ["layer", *ways, "in the best"], rows, frozenset(range(1, 1 + len(ways))), folded=True)
 
 
 def _plain(name: str, value: Any) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from featherweight import report, search
+from featherweight.allocation import Option
 from featherweight.errors import ArtifactError
 from featherweight.recipe import Recipe
 from featherweight.trials import Budget, Settings, Trial, best_of, frontier, measurements, nearest, write_trial
@@ -259,6 +260,24 @@ def test_a_search_that_goes_on_is_shown_without_a_verdict(tmp_path):
 def test_for_bytes_the_plot_shows_bytes(tmp_path):
     svg = plotted(folder_of(tmp_path / "a", budget=Budget(0.01, objective="bytes")))
     assert "size in MB" in {element.text for element in svg if element.tag == "text"}
+
+
+def test_what_each_layer_bears_is_shown_beside_what_became_of_it(tmp_path):
+    folder = folder_of(tmp_path, budget=Budget(0.01))
+    options = [
+        Option("conv1", "32 bits", 0.0, 4000.0),
+        Option("conv1", "4 bits", 0.25, 520.0),
+        Option(NASTY, "4 bits", 0.1, 9.0),
+    ]
+    (folder / "damages.json").write_text(json.dumps({"key": {}, "options": [dataclasses.asdict(o) for o in options]}))
+    markdown, page = report.write(folder)
+    said = markdown.read_text()
+    assert "| layer | 32 bits | 4 bits | in the best |" in said
+    assert re.search(r"\| conv1 \| 0, 4.00 MB \| 0.25, 520 kB \| int8 per channel \|", said)
+    assert NASTY not in page.read_text()
+    (folder / "damages.json").write_text("{}")
+    with pytest.raises(ArtifactError, match=r"damages\.json holds no table of this version"):
+        report.write(folder)
 
 
 @pytest.mark.parametrize("trials", [[], TRIALS[4:], TRIALS[:1]])
