@@ -273,7 +273,7 @@ def test_what_each_layer_bears_is_shown_beside_what_became_of_it(tmp_path):
     markdown, page = report.write(folder)
     said = markdown.read_text()
     assert "| layer | 32 bits | 4 bits | in the best |" in said
-    assert re.search(r"\| conv1 \| 0, 4.00 MB \| 0.25, 520 kB \| int8 per channel \|", said)
+    assert re.search(r"\| conv1 \| 0, 4.00 kB \| 0.25, 520 bytes \| int8 per channel \|", said)
     assert NASTY not in page.read_text()
     (folder / "damages.json").write_text("{}")
     with pytest.raises(ArtifactError, match=r"damages\.json holds no table of this version"):
