@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from featherweight.measure import Measurement as Measurement
     from featherweight.passes import Pass as Pass
     from featherweight.recipe import Recipe as Recipe
-    from featherweight.search import Result as Result
+    from featherweight.result import Result as Result
     from featherweight.search import compress as compress
     from featherweight.targets import Target as Target
     from featherweight.trials import Budget as Budget
@@ -58,7 +58,7 @@ _HOMES = {
     "Measurement": "measure",
     "Pass": "passes",
     "Recipe": "recipe",
-    "Result": "search",
+    "Result": "result",
     "Target": "targets",
     "Workload": "workload",
     "build": "artifact",

@@ -432,7 +432,15 @@ def _progress() -> Progress:
     """A bar on a terminal, else quiet lines."""
     from featherweight.progress import Progress
 
-    class Lines(Progress):
+    class Shown(Progress):
+        """The page is written anew after every trial."""
+
+        def saved(self, folder: Path) -> None:
+            from featherweight import report
+
+            report.write(folder)
+
+    class Lines(Shown):
         """One line on standard error for everything that is done."""
 
         begin = time.monotonic()
@@ -440,7 +448,7 @@ def _progress() -> Progress:
         def line(self, text: str) -> None:
             print(f"{time.monotonic() - self.begin:6.0f} s  {' '.join(text.split())}", file=sys.stderr, flush=True)
 
-    class Bar(Progress):
+    class Bar(Shown):
         """Trials done of those expected, with an estimate of the time left; lines go above it."""
 
         def __init__(self) -> None:

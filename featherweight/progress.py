@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from pathlib import Path
 
 
 class Progress:
@@ -17,6 +18,9 @@ class Progress:
 
     def count(self, done: int, total: int) -> None:
         """So many trials are done of about so many."""
+
+    def saved(self, folder: Path) -> None:
+        """The files of the search in `folder` say what is known so far."""
 
     def close(self) -> None:
         """There is no more to say."""

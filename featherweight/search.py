@@ -1,4 +1,4 @@
-"""The search: the loop that tries one recipe after the other, and the result.
+"""The search: the loop that tries one recipe after the other.
 
 Which recipe is tried next, `strategy` says: a pure function of what is known of the workload, the budget and the trials
 so far. The trials, which lie on disk (see `trials`), are all the state there is. So a search that was killed goes on
@@ -18,7 +18,6 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +41,7 @@ from featherweight.passes import Pass
 from featherweight.processes import processes
 from featherweight.progress import Progress, Stopwatch
 from featherweight.recipe import Recipe, compress_model
+from featherweight.result import Result, figures
 from featherweight.strategy import Facts, expected, next_recipe, seconds_of
 from featherweight.timing import keeping_originals
 from featherweight.trials import (
@@ -68,48 +68,8 @@ from featherweight.trials import (
 from featherweight.workload import Workload
 from featherweight.workload import check as check_workload
 
+UNFINISHED = "unfinished"  # the verdict while a search goes on
 CHECKPOINTS = ".checkpoints"  # ending of the folder with those of a trial
-
-
-# ------------------------------------------------------------------------------------------------ the result
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """What a search found.
-
-    Args:
-        verdict: "accepted", or "infeasible": then `best` is the nearest point.
-        binding: the bound that no trial met, or why nothing was measured; empty when accepted.
-        interrupted: whether a signal ended it.
-        late: whether the time limit ended it, before it had tried all that it would have.
-        baseline: of the original.
-        best: measured fully and on `test_score` too, unless the search was interrupted.
-        frontier: the trials that none beats both in cost and in drop.
-        rejected: the others' digests, recipes and reasons, with what was measured of them.
-        seconds: where the time went, by stage.
-    """
-
-    verdict: str
-    budget: Budget
-    baseline: Measurement | None
-    best: Measurement | None
-    frontier: list[Measurement]
-    rejected: list[dict[str, Any]]
-    binding: str
-    interrupted: bool
-    late: bool
-    seconds: dict[str, float]
-    folder: Path
-
-    def to_json(self) -> str:
-        """As `result.json` holds it."""
-        values = dataclasses.asdict(self)
-        del values["folder"]
-        return json.dumps(values, indent=1, allow_nan=False) + "\n"
-
-
-# ------------------------------------------------------------------------------------------------ the loop
 
 
 def compress(
@@ -279,6 +239,7 @@ class _Search:
                 write_trial(self.folder, self.settings, trial)
             self.trials.append(trial)
             self.progress.line(self._told(trial))
+            self.show()
         if not measurements(self.trials):
             raise ExportError(
                 f"The network can be put on none of {', '.join(names)}, even uncompressed. The first said: "
@@ -419,37 +380,46 @@ class _Search:
         fastest = min(plain, key=lambda t: t.measurement.latency_ms if t.measurement else math.inf)
         return self._built(fastest.recipe, Stopwatch(self.progress))
 
+    def show(self) -> None:
+        """Writes what is known so far, so that a user can watch, and stop."""
+        write_text_atomic(self.folder / RESULT, self._result(self.candidate(), UNFINISHED, interrupted=False).to_json())
+        self.progress.saved(self.folder)
+
     def save(self, best: Trial | None, interrupted: bool) -> Result:
         """Writes what was found; of the artifacts only the best one's stays.
 
-        Where nothing is at hand, what an earlier run wrote stays as it is; before the original is measured there is
+        Where nothing is at hand, what an earlier run found stays as it is; before the original is measured there is
         no result, and the folder stays free for another search.
         """
         self.watch("")
         accepted = best is not None and best.accepted(self.budget)
-        found = measurements(self.trials)
-        result = Result(
-            verdict="accepted" if accepted else "infeasible",
-            budget=self.budget,
-            baseline=self.original.measurement if self.original else None,
-            best=best.measurement if best else None,
-            frontier=frontier(found, self.budget),
-            rejected=[self._rejection(trial) for trial in self.trials if not trial.accepted(self.budget)],
-            binding="" if accepted else self._binding(best, interrupted),
-            interrupted=interrupted,
-            late=self.late,
-            seconds=self.watch.seconds,
-            folder=self.folder,
-        )
+        result = self._result(best, "accepted" if accepted else "infeasible", interrupted)
         if best is not None:
             self._keep(best.recipe)
-        if best is not None or (self.original is not None and not (self.folder / RESULT).exists()):
-            write_text_atomic(self.folder / RESULT, result.to_json())
+        path = self.folder / RESULT
+        found_before = path.exists() and read_json(path).get("verdict") != UNFINISHED
+        if best is not None or (self.original is not None and not found_before):
+            write_text_atomic(path, result.to_json())
         for leftover in (self.folder / TRIALS).glob("*"):
             needed = interrupted and leftover.suffix == CHECKPOINTS
             if leftover.is_dir() and re.fullmatch(DIGEST, leftover.stem) and not needed:
                 shutil.rmtree(leftover, ignore_errors=True)
         return result
+
+    def _result(self, best: Trial | None, verdict: str, interrupted: bool) -> Result:
+        return Result(
+            verdict=verdict,
+            budget=self.budget,
+            baseline=self.original.measurement if self.original else None,
+            best=best.measurement if best else None,
+            frontier=frontier(measurements(self.trials), self.budget),
+            rejected=[self._rejection(trial) for trial in self.trials if not trial.accepted(self.budget)],
+            binding="" if best is not None and best.accepted(self.budget) else self._binding(best, interrupted),
+            interrupted=interrupted,
+            late=self.late,
+            seconds=self.watch.seconds,
+            folder=self.folder,
+        )
 
     def _rejection(self, trial: Trial) -> dict[str, Any]:
         measured = {} if trial.measurement is None else dataclasses.asdict(trial.measurement)
@@ -484,12 +454,6 @@ def _changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     return [f"{name} {before.get(name, 'unknown')}, now {now.get(name, 'not there')}" for name in names]
-
-
-def figures(found: Measurement) -> str:
-    """The most important of a measurement on one line."""
-    drop = "" if found.digest == "original" else f" (drop at most {found.drop_upper:.4f})"
-    return f"score {found.score:.4f}{drop}, {found.bytes / 1e6:.2f} MB, {found.latency_ms:.3g} ms"
 
 
 @contextlib.contextmanager

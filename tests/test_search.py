@@ -76,9 +76,13 @@ def _search(folder: Path, budget: Budget | None = None, workload: Workload | Non
 class Heard(Progress):
     def __init__(self) -> None:
         self.lines: list[str] = []
+        self.shown: list[dict] = []  # result.json, each time that it was written anew
 
     def line(self, text: str) -> None:
         self.lines.append(text)
+
+    def saved(self, folder: Path) -> None:
+        self.shown.append(json.loads((folder / "result.json").read_text()))
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +119,24 @@ def test_from_a_workload_to_files_that_ship(finished):
     assert {"baseline", "measure", "export", "distill_soft", "final measurement"} <= result.seconds.keys()
 
 
+def test_while_it_goes_on_the_files_say_what_is_known(finished):
+    result, heard = finished
+    assert [shown["verdict"] for shown in heard.shown] == ["unfinished"] * 4
+    assert heard.shown[-1]["best"]["digest"] == result.best.digest
+    costs = [shown["best"]["bytes"] for shown in heard.shown]
+    assert costs == sorted(costs, reverse=True)
+
+
+def test_it_explains_itself(finished):
+    said = finished[0].explain()
+    best = in_words(Recipe.from_yaml(finished[0].best.recipe))
+    assert f"Accepted: {best} on {TARGET}" in said and "the smallest bytes that keeps to the budget" in said
+    assert "kept to the budget, but is no better" in said
+    assert all(
+        re.search(rf"^  {row['layer']}: .*(int|4 bits|folded|left)", said, re.M) for row in finished[0].best.coverage
+    )
+
+
 @quick
 def test_going_on_repeats_nothing_and_an_infeasible_budget_gets_the_nearest_point(finished):
     out = finished[0].folder
@@ -126,6 +148,8 @@ def test_going_on_repeats_nothing_and_an_infeasible_budget_gets_the_nearest_poin
     assert result.best and result.best.bytes == min(m["bytes"] if isinstance(m, dict) else m.bytes for m in found)
     assert len(result.rejected) == 4 and all("above 1,000" in rejected["reason"] for rejected in result.rejected)
     assert open_artifact(out / "best").digest == result.best.digest
+    said = result.explain()
+    assert "Infeasible: no recipe keeps to max_bytes. The nearest is" in said and said.count("above 1,000") == 4
 
 
 def test_going_on_with_another_network_is_refused(finished):
@@ -394,7 +418,9 @@ def test_killed_and_resumed_is_as_good_as_never_killed(finished, begun):
     child.kill()
     child.communicate()
     before = {path: (path.stat().st_mtime_ns, path.read_text()) for path in (begun / "trials").glob("*.json")}
-    assert len(before) >= 2 and not (begun / "result.json").exists()
+    assert len(before) >= 2
+    if (begun / "result.json").exists():
+        assert json.loads((begun / "result.json").read_text())["verdict"] == "unfinished"
 
     whole = finished[0]
     assert _child(begun).communicate(timeout=120)[0].split() == [whole.best.digest, str(whole.best.score)]
