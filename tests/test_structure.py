@@ -54,6 +54,7 @@ LAYERS = (
         "damage_table",
         "facts",
         "progress",
+        "result",
         "search",
         "strategy",
         "trials",
