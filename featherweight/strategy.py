@@ -2,10 +2,11 @@
 
 Three rungs, cheapest first. The network as it is on every target, and whole in int8 on those that are not far slower
 than another: the best target is kept. Where bytes count, weights in 4 to 8 bits layer by layer, the smallest that the
-budget bears by a bisection along what the damage table predicts. Where int8 loses too much, int8 trained by
-distillation, int8 with ranges found while running, and weights alone in 8 bits. Then a bisection over one knob, the
-share of channels that is removed, each candidate distilled and turned to numbers as the second rung found best.
-Networks that repeat alike blocks, as transformers do, then lose whole blocks too, as many as the budget bears.
+budget bears by a bisection along what the damage table predicts, or the smallest of all, distilled. Where int8 loses
+too much, int8 trained by distillation, int8 with ranges found while running, and weights alone in 8 bits. Then a
+bisection over one knob, the share of channels that is removed, each candidate distilled and turned to numbers as the
+second rung found best. Networks that repeat alike blocks, as transformers do, then lose whole blocks too, as many as the
+budget bears.
 
 The loop that tries, and measures what it tried, is `search`'s affair; where the facts come from, that of `facts`.
 """
@@ -151,6 +152,10 @@ def _few_bits(facts: Facts, budget: Budget, target: str) -> Generator[Recipe, Tr
         tried.append((trial, facts.stored[index]))
         fits, breaks = (index, breaks) if trial.drop_fits(budget) else (fits, index)
         index = (fits + breaks) // 2
+    if breaks < len(facts.stored):  # the smallest lost too much as it is
+        numbers = (*facts.stored[-1], facts.distil())
+        trial = yield Recipe(facts.steps(*numbers), target)
+        tried.append((trial, numbers))
     return tried
 
 

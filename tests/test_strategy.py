@@ -151,6 +151,8 @@ def test_for_bytes_the_smallest_ways_to_store_that_the_budget_bears_are_found_by
     tried = [STORED.index(trial.recipe.steps[-1:]) for trial in trials if trial.recipe.steps[-1:] in STORED]
     alone = tried[: next((n for n, trial in enumerate(trials[2:]) if len(trial.recipe.steps) > 2), len(tried))]
     assert alone[0] == 5 and len(alone) <= 4 and len(set(alone)) == len(alone)
+    taught = [t for t in trials if len(t.recipe.steps) == 3 and t.recipe.steps[-1].name() == "distill_soft"]
+    assert [t.recipe.steps[1] for t in taught][:1] == ([STORED[5][0]] if last < 5 else [])
     best = best_of(trials, Budget(0.01, objective="bytes"))
     found = [step for step in best.recipe.steps if step.name() == "quantize_weights"]
     assert found == ([] if last < 0 else [STORED[last][0]])
