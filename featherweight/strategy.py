@@ -5,8 +5,8 @@ than another: the best target is kept. Where bytes count, weights in 4 to 8 bits
 budget bears by a bisection along what the damage table predicts, or the smallest of all, distilled. Where int8 loses
 too much, int8 trained by distillation, int8 with ranges found while running, and weights alone in 8 bits. Then a
 bisection over one knob, the share of channels that is removed, each candidate distilled and turned to numbers as the
-second rung found best. Networks that repeat alike blocks, as transformers do, then lose whole blocks too, as many as the
-budget bears.
+second rung found best. Networks that repeat alike blocks, as transformers do, then lose whole blocks too, as many as
+the budget bears.
 
 The loop that tries, and measures what it tried, is `search`'s affair; where the facts come from, that of `facts`.
 """
