@@ -105,8 +105,8 @@ class LeNet5(nn.Module):
 NETWORKS = {"LeNet-300-100": LeNet300, "LeNet-5": LeNet5}
 
 
-class Shifted:
-    """The training pictures in batches of 64, each moved by up to two pixels, in a new order at each iteration."""
+class Warped:
+    """The training pictures in batches of 64, each turned, sheared, scaled and moved a little, in a new order."""
 
     def __init__(self) -> None:
         self.pictures, self.labels = part("train")
@@ -116,13 +116,23 @@ class Shifted:
 
     def __iter__(self):  # type: ignore[no-untyped-def]
         for chosen in torch.randperm(len(self.labels))[: 64 * len(self)].split(64):
-            down, right = torch.randint(-2, 3, (2,)).tolist()
-            yield (torch.roll(self.pictures[chosen], (down, right), (2, 3)),), self.labels[chosen]
+            yield (warped(self.pictures[chosen]),), self.labels[chosen]
+
+
+def warped(pictures: Tensor) -> Tensor:
+    """Turned by up to 0.2, scaled by up to e^0.12, sheared by up to 0.15, moved by up to 2.5 pixels."""
+    angle, size, shear, right, down = (torch.rand(5, len(pictures)) * 2 - 1) * torch.tensor(
+        [[0.2], [0.12], [0.15], [2.5 / 14], [2.5 / 14]]
+    )
+    cos, sin = size.exp() * angle.cos(), size.exp() * angle.sin()
+    rows = torch.stack([cos, shear - sin, right, sin, cos, down], dim=1).view(-1, 2, 3)
+    grid = F.affine_grid(rows, list(pictures.shape), align_corners=False)
+    return F.grid_sample(pictures, grid, align_corners=False)
 
 
 def trained(name: str, seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    model, data = NETWORKS[name](), Shifted()
+    model, data = NETWORKS[name](), Warped()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * len(data))
     for _ in range(EPOCHS):
@@ -184,7 +194,7 @@ class Row:
 
 
 def compress(name: str, seed: int) -> Row:
-    model, data = trained(name, seed), Shifted()
+    model, data = trained(name, seed), Warped()
     batches = [(data.pictures[i : i + 64],) for i in range(0, 512, 64)]
     workload = Workload(model, (data.pictures[:1],), batches, correct, train=data)
     small, _ = compress_model(Recipe.from_yaml(RECIPES[name]), workload, seed)

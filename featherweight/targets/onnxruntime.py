@@ -215,7 +215,7 @@ def keep_floats(graph: Any) -> None:
             continue
         shape = start.inputs[0].shape or ()
         axis = next((i for i in range(1, len(shape)) if isinstance(shape[i], int) and shape[i] > 1), 0)
-        if axis and not source.inputs[1].const_value.shape:
+        if axis and all(v.const_value is not None and not v.const_value.shape for v in source.inputs[1:]):
             alike = [
                 constant(graph, f"{v.name}.{shape[axis]}", np.full(shape[axis], v.const_value.numpy()))
                 for v in source.inputs[1:]
