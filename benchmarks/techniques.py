@@ -50,8 +50,11 @@ STRENGTHS: dict[str, list[dict[str, Any]]] = {
     "prune_wanda": SHARES,
     "prune_sparsegpt": [*SHARES, {"share": 0.5, "pattern": "2:4"}],
     "prune_channels": [
-        *({"share": share, "importance": kind} for kind in ("random", "taylor", "joint") for share in (0.1, 0.2)),
-        {"share": 0.2, "importance": "magnitude"},
+        *(
+            {"share": share, "importance": kind}
+            for kind in ("random", "magnitude", "taylor", "joint")
+            for share in (0.1, 0.2)
+        ),
     ],
     "prune_heads": [{"share": 0.1}, {"share": 0.25}],
     "drop_layers": [{"share": 0.17}, {"share": 0.34}],
