@@ -112,7 +112,7 @@ def test_from_a_workload_to_files_that_ship(finished):
     assert Measurement.from_json(json.dumps(stored["best"])) == best
     # one JSON file per trial is left, and no artifact but the best
     trials = list((out / "trials").iterdir())
-    assert len(trials) == 4 and all(path.suffix == ".json" for path in trials)
+    assert len(trials) == 5 and all(path.suffix == ".json" for path in trials)
     # where the time goes is said
     assert [line.partition(":")[0] for line in heard.lines][:2] == ["the original", f"fold_batchnorm on {TARGET}"]
     assert re.search(r"accepted \[seconds: fold_batchnorm [\d.]+, export [\d.]+, measure [\d.]+\]", heard.lines[1])
@@ -121,7 +121,7 @@ def test_from_a_workload_to_files_that_ship(finished):
 
 def test_while_it_goes_on_the_files_say_what_is_known(finished):
     result, heard = finished
-    assert [shown["verdict"] for shown in heard.shown] == ["unfinished"] * 4
+    assert [shown["verdict"] for shown in heard.shown] == ["unfinished"] * 5
     assert heard.shown[-1]["best"]["digest"] == result.best.digest
     costs = [shown["best"]["bytes"] for shown in heard.shown]
     assert costs == sorted(costs, reverse=True)
@@ -146,10 +146,10 @@ def test_going_on_repeats_nothing_and_an_infeasible_budget_gets_the_nearest_poin
     assert result.verdict == "infeasible" and result.binding == "max_bytes"
     found = [*result.frontier, *result.rejected]
     assert result.best and result.best.bytes == min(m["bytes"] if isinstance(m, dict) else m.bytes for m in found)
-    assert len(result.rejected) == 4 and all("above 1,000" in rejected["reason"] for rejected in result.rejected)
+    assert len(result.rejected) == 5 and all("above 1,000" in rejected["reason"] for rejected in result.rejected)
     assert open_artifact(out / "best").digest == result.best.digest
     said = result.explain()
-    assert "Infeasible: no recipe keeps to max_bytes. The nearest is" in said and said.count("above 1,000") == 4
+    assert "Infeasible: no recipe keeps to max_bytes. The nearest is" in said and said.count("above 1,000") == 5
 
 
 def test_going_on_with_another_network_is_refused(finished):
