@@ -234,7 +234,8 @@ def _reshaped(graph: Any, value: Any, sizes: list[int]) -> Any:
 
 def _read_beside_codes(node: Any) -> bool:
     """Whether what a node decodes meets a rounded activation, so that an int8 kernel may read the codes of both."""
-    meets = [value for reader in readers(node.outputs[0]) for value in reader.inputs if value is not None]
+    own = node.outputs[0]
+    meets = [value for reader in readers(own) for value in reader.inputs if value is not None and value is not own]
     return any(is_decoded(value) and value.producer().inputs[0].producer() is not None for value in meets)
 
 

@@ -158,6 +158,21 @@ def test_onnxruntime_decodes_only_the_rows_that_are_read(tied, tmp_path):
     assert (tmp_path / "model.onnx").stat().st_size < (tables + 0.5) * 500 * 64  # one copy of each
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_onnxruntime_decodes_a_table_that_is_multiplied_too_when_it_loads_the_file(tied, tmp_path):
+    pytest.importorskip("onnxruntime")
+    ids = torch.randint(0, 500, (2, 8))
+    model = Tied(tied).eval()
+    workload = Workload(model, (ids,), [(ids,)], lambda predict: 0.0)
+    stored = QuantizeWeights().apply(copy.deepcopy(model), workload)
+    runtime = targets.find("onnxruntime")
+    runtime.export(stored, workload, tmp_path)
+    kinds = {kernel.kind for kernel in runtime.profile(tmp_path, [ids.numpy()], threads=1)}
+    assert "DequantizeLinear" not in kinds and off(runtime, tmp_path, stored, ids) < 1e-5
+    tables = 1 if tied else 2
+    assert (tmp_path / "model.onnx").stat().st_size < (tables + 0.5) * 500 * 64  # one copy of each
+
+
 class PostNorm(nn.Module):
     """A block of a post-norm transformer with a norm of large gain, whose sum reads what a quantized layer reads."""
 
