@@ -17,6 +17,7 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -105,18 +106,25 @@ class LeNet5(nn.Module):
 NETWORKS = {"LeNet-300-100": LeNet300, "LeNet-5": LeNet5}
 
 
-class Warped:
-    """The training pictures in batches of 64, each turned, sheared, scaled and moved a little, in a new order."""
+class Changed:
+    """The training pictures in batches of 64, each changed a little, in a new order at each iteration."""
 
-    def __init__(self) -> None:
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
         self.pictures, self.labels = part("train")
+        self.change = change
 
     def __len__(self) -> int:
         return len(self.labels) // 64
 
     def __iter__(self):  # type: ignore[no-untyped-def]
         for chosen in torch.randperm(len(self.labels))[: 64 * len(self)].split(64):
-            yield (warped(self.pictures[chosen]),), self.labels[chosen]
+            yield (self.change(self.pictures[chosen]),), self.labels[chosen]
+
+
+def moved(pictures: Tensor) -> Tensor:
+    """All by the same, up to two pixels."""
+    down, right = torch.randint(-2, 3, (2,)).tolist()
+    return torch.roll(pictures, (down, right), (2, 3))
 
 
 def warped(pictures: Tensor) -> Tensor:
@@ -130,9 +138,15 @@ def warped(pictures: Tensor) -> Tensor:
     return F.grid_sample(pictures, grid, align_corners=False)
 
 
+CHANGES = {
+    "LeNet-300-100": moved,
+    "LeNet-5": warped,
+}  # of the pictures that the original and its compression learn from
+
+
 def trained(name: str, seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    model, data = NETWORKS[name](), Warped()
+    model, data = NETWORKS[name](), Changed(CHANGES[name])
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * len(data))
     for _ in range(EPOCHS):
@@ -194,7 +208,7 @@ class Row:
 
 
 def compress(name: str, seed: int) -> Row:
-    model, data = trained(name, seed), Warped()
+    model, data = trained(name, seed), Changed(CHANGES[name])
     batches = [(data.pictures[i : i + 64],) for i in range(0, 512, 64)]
     workload = Workload(model, (data.pictures[:1],), batches, correct, train=data)
     small, _ = compress_model(Recipe.from_yaml(RECIPES[name]), workload, seed)

@@ -2,8 +2,8 @@
 
     python benchmarks/kill_resume.py [examples/image.py] [--kills 20] [--max-drop 0.01] [--json out/kill_resume.json]
 
-The search runs once undisturbed, and once more in another folder, where `kill -9` meets it at random moments until it
-was killed so often; then it may end. Bytes are made small, for latencies differ from run to run, and with them what is
+The search runs once undisturbed, and again in other folders, where `kill -9` meets it at random moments until there
+were so many; then it may end. Bytes are made small, for latencies differ from run to run, and with them what is
 tried. No trial that was written may be written again, and best recipe, score and every byte of the artifact must be
 those of the undisturbed run.
 """
@@ -90,21 +90,24 @@ def main() -> None:
     whole, often = chosen.folder / "whole", chosen.folder / "often"
     seconds = Life(chosen, whole, resume=False).ended()
     print(f"undisturbed: {seconds:.0f} s, {len(trials(whole))} trials", flush=True)
-    moments, kills, repeated = random.Random(chosen.seed), [], []
-    while len(kills) < chosen.kills:
+    moments, kills, repeated, differing = random.Random(chosen.seed), [], [], []
+    while len(kills) < chosen.kills:  # a search that comes to its end between two kills is followed by another
+        often = chosen.folder / f"often{len(kills)}"
+        lives = len(kills)
+        while len(kills) < chosen.kills:
+            before, life = trials(often), moments.uniform(0, seconds / 4)
+            killed = Life(chosen, often, resume=often.exists()).killed_after(life)
+            repeated += [name for name, written in before.items() if trials(often).get(name) != written]
+            if not killed:
+                break
+            kills.append(round(life, 2))
+            print(f"kill {len(kills)} after {life:.1f} s: {len(trials(often))} trials", flush=True)
         before = trials(often)
-        life = moments.uniform(0, 2 * seconds / chosen.kills)
-        if not Life(chosen, often, resume=often.exists()).killed_after(life):
-            break  # it came to its end between two kills
-        after = trials(often)
-        repeated += [name for name, written in before.items() if after.get(name) != written]
-        kills.append(round(life, 2))
-        print(f"kill {len(kills)} after {life:.1f} s: {len(after)} trials", flush=True)
-    before = trials(often)
-    Life(chosen, often, resume=True).ended()
-    repeated += [name for name, written in before.items() if trials(often).get(name) != written]
-    ends = outcome(whole), outcome(often)
-    differing = [name for name in ends[0] if ends[0][name] != ends[1][name]]
+        Life(chosen, often, resume=often.exists()).ended()
+        repeated += [name for name, written in before.items() if trials(often).get(name) != written]
+        ends = outcome(whole), outcome(often)
+        differing += [name for name in ends[0] if ends[0][name] != ends[1][name]]
+        print(f"ended after {len(kills) - lives} kills: {len(trials(often))} trials", flush=True)
     row = {"kills": kills, "repeated": repeated, "differing": differing, "seconds": seconds, "outcome": ends[0]}
     chosen.json.parent.mkdir(parents=True, exist_ok=True)
     chosen.json.write_text(json.dumps(row, indent=1))
