@@ -70,6 +70,8 @@ def with_uneven_channels(model: nn.Module) -> nn.Module:
         for layer in model.modules():
             if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(layer.weight)
+                if layer.bias is not None:
+                    nn.init.normal_(layer.bias, std=0.1)
                 layer.weight.mul_(torch.logspace(-1, 0.7, len(layer.weight)).view(-1, *[1] * (layer.weight.dim() - 1)))
     return model.eval()
 
@@ -254,7 +256,7 @@ def test_onnxruntime_rounds_no_weights_by_itself(left, tmp_path):
     x = torch.randn(8, 3, 12, 12)
     model, workload = in_8_bits(with_uneven_channels(nn.Sequential(*copy.deepcopy(LAYERS))), [(x,)], where=f"!{left}")
     targets.find("onnxruntime").export(model, workload, tmp_path)
-    assert changed_by_optimizing(tmp_path, x) < 0.005  # int8 kernels differ by last bits
+    assert changed_by_optimizing(tmp_path, x) < 0.008  # int8 kernels differ by last bits
 
 
 @pytest.mark.parametrize("signs", [(1.0, 2.0), (-2.0, 2.0)])
