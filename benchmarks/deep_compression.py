@@ -69,10 +69,10 @@ steps:
   - distill_soft: {epochs: 8, lr: 0.01}
   - prune_magnitude: {share: 0.85, where: "conv2, fc2"}
   - prune_magnitude: {share: 0.922, where: fc1}
-  - distill_soft: {epochs: 60, lr: 0.01}
+  - distill_soft: {epochs: 110, lr: 0.01}
   - cluster_kmeans: {bits: 5, where: "conv*"}
   - cluster_kmeans: {bits: 3, where: "fc*"}
-  - distill_soft: {epochs: 24, lr: 0.003}
+  - distill_soft: {epochs: 40, lr: 0.003}
 target: onnxruntime
 """,
 }

@@ -266,6 +266,8 @@ def document(findings: Findings) -> Iterator[Block]:
         yield Figure(plot(findings), _caption(findings))
     yield Heading("Trials")
     yield _trials(findings)
+    if findings.measured:
+        yield Text(trust(findings))
     yield from _notes(findings)
 
 
@@ -375,6 +377,24 @@ def _budget(findings: Findings) -> Iterator[Block]:
     if budget.max_latency_ms is not None:
         bounds.append(f"Latency: at most {number(budget.max_latency_ms)} ms")
     yield Bullets([*bounds, f"Made as small as that allows: {budget.objective}"])
+
+
+def trust(findings: Findings) -> str:
+    """How many candidates were judged on the same examples, and what guards against picking one for its luck."""
+    count, original, best = len(findings.measured), findings.original, findings.best
+    judged = "candidate was" if count == 1 else "candidates were"
+    said = f"{count} {judged} judged on the same {original.examples} examples."
+    if count > 1:
+        said += (
+            " Each that drops more than is allowed has a chance of up to 5 % to pass nevertheless, and what is picked "
+            "among many is picked for its luck too."
+        )
+    if best is None or best.test_drop is None or best.test_drop_upper is None:
+        return f"{said} No other data confirm it: the drop may be larger than it seems here."
+    return (
+        f"{said} The drop to go by is that on the test data, on which the best alone was run: "
+        f"{points(best.test_drop)} (at most {points(best.test_drop_upper)})."
+    )
 
 
 def _trials(findings: Findings) -> Table:

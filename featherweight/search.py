@@ -42,7 +42,7 @@ from featherweight.processes import processes
 from featherweight.progress import Progress, Stopwatch
 from featherweight.recipe import Recipe, compress_model
 from featherweight.result import Result, figures
-from featherweight.strategy import Facts, expected, next_recipe, seconds_of
+from featherweight.strategy import Facts, expected, next_recipes, seconds_of
 from featherweight.timing import keeping_originals
 from featherweight.trials import (
     BASELINE,
@@ -228,7 +228,8 @@ class _Search:
             self.watch("damage")
             facts = dataclasses.replace(facts, stored=self._few_bits(facts))
         self.watch("")
-        while (recipe := next_recipe(facts, self.budget, self.trials)) is not None:
+        while recipes := next_recipes(facts, self.budget, self.trials):
+            recipe = recipes[0]
             self.progress.count(len(self.trials), expected(facts, len(self.trials)))
             if time.monotonic() + seconds_of(recipe, self.trials) + self._seconds_of_final() > deadline:
                 self.late = True

@@ -3,11 +3,13 @@
 Three rungs, cheapest first. The network as it is on every target, and whole in int8 on those that are not far slower
 than another: the best target is kept. Where bytes count, weights in 4 to 8 bits layer by layer, the smallest that the
 budget bears by a bisection along what the damage table predicts, or the smallest of all, distilled. Where int8 loses
-too much, int8 trained by distillation, int8 with ranges found while running, and weights alone in 8 bits. Then a
-bisection over one knob, the share of channels that is removed, each candidate distilled and turned to numbers as the
-second rung found best. Networks that repeat alike blocks, as transformers do, then lose whole blocks too, as many as
-the budget bears.
+too much, int8 with the widest ranges, int8 trained by distillation, int8 with ranges found while running, and weights
+alone in 8 bits. Then shapes: shares of channels, two at a time, each closing in on the largest that the budget bears,
+and where alike blocks repeat, as in transformers, whole blocks too. Each shape is distilled for a short time and turned
+to numbers as the second rung found best; of those that just failed, the most promising are distilled again from the
+start, for longer (successive halving with two rungs; Jamieson, Talwalkar 2016, arXiv:1502.07943).
 
+What is proposed together is tried together, whatever comes of each, so that several workers can make it side by side.
 The loop that tries, and measures what it tried, is `search`'s affair; where the facts come from, that of `facts`.
 """
 
@@ -24,9 +26,12 @@ from featherweight.passes import Pass
 from featherweight.recipe import Recipe
 from featherweight.trials import Budget, Trial
 
-LARGEST_SHARE = 0.8  # of channels that may be removed: the bisection's upper end
-CANDIDATES = 4  # of the bisection: shares are found to LARGEST_SHARE / 2**4
-BLOCK_CANDIDATES = 2  # at most, for whole blocks, where there are such: channels then get one less
+LARGEST_SHARE = 0.8  # of channels that may be removed: the upper end of where the largest share is looked for
+ROUNDS = 2  # of two shares each: the share is found to LARGEST_SHARE / 3**2
+STORED_TRIALS = 4  # at most, of the bisection over ways to store weights
+BLOCK_STEPS = 2  # at most, for whole blocks, where there are such
+FINALISTS = 3  # at most, the shapes that are distilled for long, two of them at first
+SHORT, LONG = 0.5, 2.0  # how long shapes and finalists are distilled, over `Facts.epochs`
 HOPELESS = 2.0  # times the cost of the best target, uncompressed: int8 is not tried there
 NORMED_LR, PLAIN_LR = 0.005, 0.003  # with batch norms, which make rescaled weights harmless, and without
 
@@ -59,54 +64,64 @@ class Facts:
         fold = ("fold_batchnorm",) if self.folds else ()
         return (*shape, *(step if isinstance(step, Pass) else _step(step) for step in (*fold, *names)))
 
-    def distil(self, share: float = 0.0) -> Pass:
-        """The distillation of a candidate that lost `share`: a smaller network takes more steps in the same time.
+    def distil(self, length: float = 1.0, shape: Shape | None = None) -> Pass:
+        """The distillation of a shape: a smaller network takes more steps in the same time.
 
         Of four parts of the arithmetic of a step one is the teacher's, and three are the candidate's.
         """
-        epochs = float(f"{self.epochs * 4 / (1 + 3 * (1 - share)):.2g}")
+        kept = 1.0 if shape is None else (1 - shape.share) * (1 - self.lost(shape))
+        epochs = float(f"{length * self.epochs * 4 / (1 + 3 * kept):.2g}")
         return _step("distill_soft", epochs=epochs, lr=NORMED_LR if self.folds else PLAIN_LR)
 
-    def candidate(self, target: str, numbers: Numbers, share: float, dropped: int = 0) -> Recipe:
+    def lost(self, shape: Shape) -> float:
+        """The share of the blocks that a shape lacks."""
+        return shape.dropped / self.blocks if shape.dropped else 0.0
+
+    def candidate(self, target: str, numbers: Numbers, shape: Shape, length: float) -> Recipe:
         """Blocks and channels removed, what is left trained, and turned to numbers."""
-        lost = dropped / self.blocks if dropped else 0.0
-        shape = [_step("drop_layers", share=round(lost, 4))] if dropped else []
-        if share:
-            shape.append(_step("prune_channels", share=share, multiple=self.multiples.get(target, 8)))
-        shape.append(self.distil(1 - (1 - lost) * (1 - share)))
-        return Recipe(self.steps(*numbers, shape=shape), target)
+        steps = [_step("drop_layers", share=round(self.lost(shape), 4))] if shape.dropped else []
+        if shape.share:
+            steps.append(_step("prune_channels", share=shape.share, multiple=self.multiples.get(target, 8)))
+        return Recipe(self.steps(*numbers, shape=[*steps, self.distil(length, shape)]), target)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is left of a network: the share of channels and the number of whole blocks that go."""
+
+    share: float
+    dropped: int = 0
 
 
 Numbers = tuple[Pass, ...]  # the last steps of a recipe, which turn weights into numbers of few bits
 
 
-Plan = Generator[Recipe, Trial, None]
+Round = list[Recipe]  # tried together, whatever comes of each
+Plan = Generator[Round, list[Trial], None]
 
 
-def next_recipe(facts: Facts, budget: Budget, trials: Sequence[Trial]) -> Recipe | None:
-    """What to try after `trials`, in whatever order they are given; None when there is nothing left."""
+def next_recipes(facts: Facts, budget: Budget, trials: Sequence[Trial]) -> Round:
+    """What to try after `trials`, in whatever order they are given, all of it; empty when there is nothing left."""
     known = {trial.recipe.digest: trial for trial in trials}
     course = plan(facts, budget)
     try:
-        recipe = next(course)
-        while recipe.digest in known:
-            recipe = course.send(known[recipe.digest])
+        batch = next(course)
+        while all(recipe.digest in known for recipe in batch):
+            batch = course.send([known[recipe.digest] for recipe in batch])
     except StopIteration:
-        return None
-    return recipe
+        return []
+    return [recipe for recipe in batch if recipe.digest not in known]
 
 
 def plan(facts: Facts, budget: Budget) -> Plan:
-    """The whole search, as it would go: yields recipes, and is sent what became of them."""
-    plain, static = {}, {}
-    for target in facts.targets:
-        plain[target] = yield Recipe(facts.steps(), target)
+    """The whole search, as it would go: yields recipes, a round at a time, and is sent what became of them."""
+    plain = dict(zip(facts.targets, (yield [Recipe(facts.steps(), target) for target in facts.targets]), strict=True))
     costs = {target: _cost(trial, trial, budget) for target, trial in plain.items()}
     working = [target for target, cost in costs.items() if cost <= HOPELESS * min(costs.values()) < math.inf]
-    for target in working:
-        static[target] = yield Recipe(facts.steps("quantize_static"), target)
     if not working:
         return
+    batch = [Recipe(facts.steps("quantize_static"), target) for target in working]
+    static = dict(zip(working, (yield batch), strict=True))
     target = min(working, key=lambda name: _cost(static[name], plain[name], budget))
     numbers = yield from _numbers(facts, budget, target, plain[target])
     yield from _shapes(facts, budget, target, numbers)
@@ -114,54 +129,57 @@ def plan(facts: Facts, budget: Budget) -> Plan:
 
 def expected(facts: Facts, done: int) -> int:
     """How many trials there will be, about."""
-    candidates = CANDIDATES + (BLOCK_CANDIDATES - 1 if facts.blocks > 1 else 0)
-    return max(done + 1, 2 * len(facts.targets) + candidates)
+    blocks = BLOCK_STEPS if facts.blocks > 1 else 0
+    return max(done + 1, 2 * len(facts.targets) + 2 * ROUNDS + blocks + FINALISTS)
 
 
-def share_to_try(tried: Sequence[tuple[float, bool]], most: int = CANDIDATES) -> float | None:
-    """The next share of a bisection: more after what fitted, less after what did not; None after `most`.
+def shares_to_try(tried: Sequence[tuple[float, bool]]) -> list[float]:
+    """The next two shares, between the largest that fitted and the smallest above it that did not; by thirds.
 
-    >>> share_to_try([]), share_to_try([(0.4, True)]), share_to_try([(0.4, True), (0.6, False)])
-    (0.4, 0.6, 0.5)
+    >>> shares_to_try([]), shares_to_try([(0.2667, True), (0.5333, False)])
+    ([0.2667, 0.5333], [0.3556, 0.4444])
     """
-    if len(tried) >= most:
-        return None
-    low = max([share for share, fitted in tried if fitted], default=0.0)
     high = min([share for share, fitted in tried if not fitted], default=LARGEST_SHARE)
-    return round((low + high) / 2, 4)
+    low = max([share for share, fitted in tried if fitted and share < high], default=0.0)
+    return [round(low + (high - low) * third / 3, 4) for third in (1, 2)]
 
 
-def _numbers(facts: Facts, budget: Budget, target: str, plain: Trial) -> Generator[Recipe, Trial, Numbers]:
+def _numbers(facts: Facts, budget: Budget, target: str, plain: Trial) -> Generator[Round, list[Trial], Numbers]:
     """The cheapest numbers whose loss the budget bears; none where it bears no loss."""
     tried: list[tuple[Trial, Numbers]] = [(plain, ()), *(yield from _few_bits(facts, budget, target))]
     rungs = [] if any(trial.drop_fits(budget) for trial, _ in tried[1:]) else _rungs(facts)
     for numbers in rungs:
-        trial = yield Recipe(facts.steps(*numbers), target)
+        (trial,) = yield [Recipe(facts.steps(*numbers), target)]
         tried.append((trial, numbers))
         if trial.drop_fits(budget) and _cost(trial, trial, budget) < _cost(plain, plain, budget):
             break
     return min(tried, key=lambda item: (not item[0].drop_fits(budget), _cost(item[0], item[0], budget)))[1]
 
 
-def _few_bits(facts: Facts, budget: Budget, target: str) -> Generator[Recipe, Trial, list[tuple[Trial, Numbers]]]:
-    """Bits layer by layer: the smallest first, then a bisection along what the damage table predicts."""
-    tried: list[tuple[Trial, Numbers]] = []
-    fits, breaks, index = -1, len(facts.stored), len(facts.stored) - 1
-    while fits < index < breaks and len(tried) < CANDIDATES:
-        trial = yield Recipe(facts.steps(*facts.stored[index]), target)
+def _few_bits(facts: Facts, budget: Budget, target: str) -> Generator[Round, list[Trial], list[tuple[Trial, Numbers]]]:
+    """Bits layer by layer: the smallest first, as it is and distilled, then a bisection along the damage table."""
+    if not facts.stored:
+        return []
+    last = len(facts.stored) - 1
+    taught = (*facts.stored[last], facts.distil())
+    (trial,) = yield [Recipe(facts.steps(*facts.stored[last]), target)]
+    tried: list[tuple[Trial, Numbers]] = [(trial, facts.stored[last])]
+    if trial.drop_fits(budget):
+        return tried
+    fits, breaks = -1, last
+    while fits + 1 < breaks and len(tried) < STORED_TRIALS:
+        index = (fits + breaks) // 2
+        (trial,) = yield [Recipe(facts.steps(*facts.stored[index]), target)]
         tried.append((trial, facts.stored[index]))
         fits, breaks = (index, breaks) if trial.drop_fits(budget) else (fits, index)
-        index = (fits + breaks) // 2
-    if breaks < len(facts.stored):  # the smallest lost too much as it is
-        numbers = (*facts.stored[-1], facts.distil())
-        trial = yield Recipe(facts.steps(*numbers), target)
-        tried.append((trial, numbers))
-    return tried
+    (trial,) = yield [Recipe(facts.steps(*taught), target)]
+    return [*tried, (trial, taught)]
 
 
 def _rungs(facts: Facts) -> Iterator[Numbers]:
     """Ways to turn the whole network to numbers, most promising first."""
     yield (_step("quantize_static"),)
+    yield (_step("quantize_static", range="minmax"),)  # where few large values matter, as in networks of speech
     yield (_step("quantize_static"), facts.distil())
     if facts.linear:
         yield (_step("quantize_dynamic"),)
@@ -169,31 +187,47 @@ def _rungs(facts: Facts) -> Iterator[Numbers]:
 
 
 def _shapes(facts: Facts, budget: Budget, target: str, numbers: Numbers) -> Plan:
-    """First fewer channels, then fewer whole blocks of what is left, where there are such."""
-    share = yield from _fewer_channels(facts, budget, target, numbers)
-    yield from _fewer_blocks(facts, budget, target, numbers, share)
+    """Fewer channels, then fewer whole blocks of what is left, each distilled for a short time; then the finalists."""
+    tried: dict[Shape, Trial] = {}
+
+    def batch(shapes: Sequence[Shape], length: float) -> Generator[Round, list[Trial], list[Trial]]:
+        return (yield [facts.candidate(target, numbers, shape, length) for shape in shapes])
+
+    for _ in range(ROUNDS):
+        fitted = [(shape.share, trial.drop_fits(budget)) for shape, trial in tried.items()]
+        shapes = [Shape(share) for share in shares_to_try(fitted)]
+        tried |= zip(shapes, (yield from batch(shapes, SHORT)), strict=True)
+        if all(trial.measurement is None for trial in tried.values()):
+            break  # what cannot be pruned at two shares cannot at any
+    share = max([shape.share for shape, trial in tried.items() if trial.drop_fits(budget)], default=0.0)
+    if shapes := _fewer_blocks(facts, share):
+        tried |= zip(shapes, (yield from batch(shapes, SHORT)), strict=True)
+    taught: dict[Shape, Trial] = {}
+    while finalists := _finalists(tried, taught, budget):
+        taught |= zip(finalists, (yield from batch(finalists, LONG)), strict=True)
 
 
-def _fewer_channels(facts: Facts, budget: Budget, target: str, numbers: Numbers) -> Generator[Recipe, Trial, float]:
-    """The largest share that the budget bears, by bisection."""
-    tried: list[tuple[float, bool]] = []
-    failed = 0
-    while (share := share_to_try(tried, CANDIDATES - (facts.blocks > 1))) is not None:
-        trial = yield facts.candidate(target, numbers, share)
-        tried.append((share, trial.drop_fits(budget)))
-        failed += trial.measurement is None
-        if failed == len(tried) == 2:  # what cannot be pruned at two shares cannot at any
-            break
-    return max([share for share, fitted in tried if fitted], default=0.0)
-
-
-def _fewer_blocks(facts: Facts, budget: Budget, target: str, numbers: Numbers, share: float) -> Plan:
-    """A few blocks more each time, as long as the budget bears it; channels by `share`."""
+def _fewer_blocks(facts: Facts, share: float) -> list[Shape]:
+    """A few blocks less, and twice as many; channels by `share`."""
     few = max(1, facts.blocks // 8)
-    for count in range(few, min(facts.blocks, (BLOCK_CANDIDATES + 1) * few), few):
-        trial = yield facts.candidate(target, numbers, share, dropped=count)
-        if not trial.drop_fits(budget):
-            return
+    return [Shape(share, few * n) for n in range(1, BLOCK_STEPS + 1) if few * n < facts.blocks]
+
+
+def _finalists(tried: Mapping[Shape, Trial], taught: Mapping[Shape, Trial], budget: Budget) -> list[Shape]:
+    """Of the shapes that would cost less than the best that fits, those that lack least; at first two, then one.
+
+    None after FINALISTS, nor after one round in which none did.
+    """
+    if len(taught) >= FINALISTS or (taught and not any(trial.drop_fits(budget) for trial in taught.values())):
+        return []
+    fitting = [t for t in (*tried.values(), *taught.values()) if t.drop_fits(budget)]
+    least = min([_cost(trial, trial, budget) for trial in fitting], default=math.inf)
+    lacking = {
+        shape: budget.excess(trial.measurement)["max_drop"]
+        for shape, trial in tried.items()
+        if shape not in taught and trial.measurement and budget.cost(trial.measurement) < least
+    }
+    return sorted(lacking, key=lambda shape: lacking[shape])[: 1 if taught else 2]
 
 
 def _cost(first: Trial, second: Trial, budget: Budget) -> float:

@@ -244,6 +244,17 @@ def test_markdown_says_it_all(written):
         assert words in markdown, words
 
 
+def test_how_many_were_judged_and_what_the_choice_is_worth_is_said(written, tmp_path):
+    assert "candidates were judged on the same" in written[1] and "chance of up to 5 %" in written[1]
+    findings = report.read(folder_of(tmp_path / "out"))
+    assert "No other data confirm it" in report.trust(findings)
+    tested = dataclasses.replace(findings.best, test_drop=0.004, test_drop_upper=0.009)
+    said = report.trust(dataclasses.replace(findings, best=tested))
+    assert "The drop to go by is that on the test data" in said and "0.0040 (at most 0.0090)" in said
+    alone = dataclasses.replace(findings, rows=findings.rows[:1])
+    assert report.trust(alone).startswith("1 candidate was") and "luck" not in report.trust(alone)
+
+
 def test_infeasible_names_the_bound(tmp_path):
     markdown, _ = report.write(folder_of(tmp_path / "a", TRIALS[2:4], Budget("1%", max_bytes=9_500_000)))
     text = markdown.read_text()

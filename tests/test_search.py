@@ -45,7 +45,9 @@ SMALL = Budget(0.05, objective="bytes")
 
 
 QUICK = [
-    ("featherweight.strategy", "CANDIDATES", 1),
+    ("featherweight.strategy", "ROUNDS", 1),
+    ("featherweight.strategy", "STORED_TRIALS", 1),
+    ("featherweight.strategy", "FINALISTS", 0),
     ("featherweight.facts", "FEWEST_STEPS", 4),
     ("featherweight.facts", "MOST_STEPS", 4),
     ("featherweight.measure", "ROUNDS", 3),
@@ -57,7 +59,7 @@ QUICK = [
 
 @pytest.fixture(scope="module")
 def _quick():
-    """One candidate, shortly trained, and short timings: a whole search in seconds."""
+    """Two candidates, shortly trained, and short timings: a whole search in seconds."""
     with pytest.MonkeyPatch.context() as patch:
         for module, name, value in QUICK:
             patch.setattr(f"{module}.{name}", value)
@@ -112,7 +114,7 @@ def test_from_a_workload_to_files_that_ship(finished):
     assert Measurement.from_json(json.dumps(stored["best"])) == best
     # one JSON file per trial is left, and no artifact but the best
     trials = list((out / "trials").iterdir())
-    assert len(trials) == 5 and all(path.suffix == ".json" for path in trials)
+    assert len(trials) == 6 and all(path.suffix == ".json" for path in trials)
     # where the time goes is said
     assert [line.partition(":")[0] for line in heard.lines][:2] == ["the original", f"fold_batchnorm on {TARGET}"]
     assert re.search(r"accepted \[seconds: fold_batchnorm [\d.]+, export [\d.]+, measure [\d.]+\]", heard.lines[1])
@@ -121,7 +123,7 @@ def test_from_a_workload_to_files_that_ship(finished):
 
 def test_while_it_goes_on_the_files_say_what_is_known(finished):
     result, heard = finished
-    assert [shown["verdict"] for shown in heard.shown] == ["unfinished"] * 5
+    assert [shown["verdict"] for shown in heard.shown] == ["unfinished"] * 6
     assert heard.shown[-1]["best"]["digest"] == result.best.digest
     costs = [shown["best"]["bytes"] for shown in heard.shown]
     assert costs == sorted(costs, reverse=True)

@@ -9,7 +9,7 @@ import pytest
 from featherweight import strategy
 from featherweight.passes import build
 from featherweight.recipe import Recipe
-from featherweight.strategy import Facts, next_recipe
+from featherweight.strategy import Facts, Shape, next_recipes
 from featherweight.trials import Budget, Trial, best_of, in_words
 from tests.made_up import measurement
 
@@ -50,9 +50,10 @@ class World:
 
 def played(facts: Facts, budget: Budget, world) -> list[Trial]:
     trials: list[Trial] = []
-    while (recipe := next_recipe(facts, budget, trials)) is not None:
-        assert recipe.digest not in {trial.recipe.digest for trial in trials}
-        trials.append(world(recipe))
+    while recipes := next_recipes(facts, budget, trials):
+        digests = [recipe.digest for recipe in recipes]
+        assert len(set(digests)) == len(digests) and not {trial.recipe.digest for trial in trials} & set(digests)
+        trials += map(world, recipes)
         assert len(trials) < 50
     return trials
 
@@ -78,13 +79,60 @@ def shares(trials: list[Trial]) -> list[float]:
     return [trial.recipe.steps[0].settings()["share"] for trial in trials if "prune_channels" in in_words(trial.recipe)]
 
 
-def test_ladder_then_bisection_towards_the_largest_share_that_holds():
+def lengths(trials: list[Trial]) -> list[float]:
+    """How long each shape is distilled, over what is usual for it."""
+    found = []
+    for trial in trials:
+        if trial.recipe.steps and trial.recipe.steps[0].name() in ("prune_channels", "drop_layers"):
+            settings = {step.name(): step.settings() for step in trial.recipe.steps}
+            share = settings.get("prune_channels", {}).get("share", 0.0)
+            lost = settings.get("drop_layers", {}).get("share", 0.0)
+            usual = FACTS.epochs * 4 / (1 + 3 * (1 - share) * (1 - lost))
+            found.append(round(settings["distill_soft"]["epochs"] / usual, 1))
+    return found
+
+
+def test_ladder_then_thirds_towards_the_largest_share_that_holds_then_finalists():
     trials = played(FACTS, Budget(0.01), World(breaks_at=0.5))
     assert words(trials)[:2] == [f"fold_batchnorm on {TARGET}", f"fold_batchnorm + quantize_static on {TARGET}"]
-    assert words(trials)[2] == f"prune_channels 0.4 + distill_soft + fold_batchnorm + quantize_static on {TARGET}"
-    assert shares(trials) == [0.4, 0.6, 0.5, 0.55]
+    assert words(trials)[2] == f"prune_channels 0.2667 + distill_soft + fold_batchnorm + quantize_static on {TARGET}"
+    assert shares(trials) == [0.2667, 0.5333, 0.3556, 0.4444, 0.5333]
+    assert lengths(trials) == [strategy.SHORT] * 4 + [strategy.LONG]
     best = best_of(trials, Budget(0.01))
-    assert best and best.recipe.steps[0].settings()["share"] == 0.5
+    assert best and best.recipe.steps[0].settings()["share"] == 0.4444
+
+
+class Taught(World):
+    """Where a long distillation makes up for a share of `further` more."""
+
+    def __init__(self, breaks_at: float, further: float) -> None:
+        super().__init__(breaks_at)
+        self.further, self.short = further, breaks_at
+
+    def __call__(self, recipe: Recipe) -> Trial:
+        pruned = [step for step in recipe.steps if step.name() == "prune_channels"]
+        share = pruned[0].settings()["share"] if pruned else 0.0
+        taught = [step.settings()["epochs"] for step in recipe.steps if step.name() == "distill_soft"]
+        long = bool(taught) and taught[0] * (1 + 3 * (1 - share)) / 4 > FACTS.epochs
+        self.breaks_at = self.short + (self.further if long else 0.0)
+        trial = super().__call__(recipe)
+        worse = 0.02 * max(0.0, share - self.breaks_at)
+        found = dataclasses.replace(trial.measurement, drop_upper=trial.measurement.drop_upper + worse)
+        return Trial(recipe, found)
+
+
+def test_of_shapes_that_just_failed_the_nearest_two_are_taught_for_long_and_then_a_third():
+    trials = played(FACTS, Budget(0.01), Taught(breaks_at=0.2, further=0.4))
+    assert shares(trials)[:4] == [0.2667, 0.5333, 0.0889, 0.1778]
+    assert shares(trials)[4:] == [0.2667, 0.5333] and lengths(trials)[4:] == [strategy.LONG] * 2
+    best = best_of(trials, Budget(0.01))
+    assert best and best.recipe.steps[0].settings()["share"] == 0.5333
+    world = Taught(breaks_at=0.05, further=0.3)
+    trials = played(FACTS, Budget(0.01), world)
+    assert shares(trials)[:4] == [0.2667, 0.5333, 0.0889, 0.1778]
+    assert shares(trials)[4:] == [0.0889, 0.1778, 0.2667]
+    best = best_of(trials, Budget(0.01))
+    assert best and best.recipe.steps[0].settings()["share"] == 0.2667
 
 
 def test_without_norms_the_first_recipe_is_a_plain_export():
@@ -111,7 +159,7 @@ def test_a_target_that_fails_is_left_alone():
     facts = dataclasses.replace(FACTS, targets=("onnxruntime", "openvino"))
     trials = played(facts, Budget(0.01), lambda r: Trial(r, None, "no") if r.target == "openvino" else world(r))
     assert [trial.recipe.target for trial in trials].count("openvino") == 1
-    assert len(shares(trials)) == strategy.CANDIDATES
+    assert len(shares(trials)) == 2 * strategy.ROUNDS + 1
 
 
 def test_when_nothing_can_be_exported_there_is_nothing_to_search():
@@ -120,16 +168,17 @@ def test_when_nothing_can_be_exported_there_is_nothing_to_search():
 
 def test_int8_that_loses_too_much_is_trained():
     trials = played(FACTS, Budget(0.01), World(static_drop=0.05))
-    assert words(trials)[2] == f"fold_batchnorm + quantize_static + distill_soft on {TARGET}"
-    assert words(trials)[3].endswith(f"quantize_static + distill_soft on {TARGET}") and shares(trials)[0] == 0.4
+    assert trials[2].recipe.steps[-1].settings()["range"] == "minmax"
+    assert words(trials)[3] == f"fold_batchnorm + quantize_static + distill_soft on {TARGET}"
+    assert words(trials)[4].endswith(f"quantize_static + distill_soft on {TARGET}") and shares(trials)[0] == 0.2667
 
 
 def test_where_training_does_not_help_milder_numbers_are_tried():
     world = World(static_drop=0.05, trained_drop=0.05)
     found = words(played(FACTS, Budget(0.01), world))
-    assert found[3] == f"fold_batchnorm + quantize_dynamic on {TARGET}"
+    assert found[4] == f"fold_batchnorm + quantize_dynamic on {TARGET}"
     without_linear = words(played(dataclasses.replace(FACTS, linear=False), Budget(0.01), world))
-    assert without_linear[3] == f"fold_batchnorm + quantize_weights on {TARGET}"
+    assert without_linear[4] == f"fold_batchnorm + quantize_weights on {TARGET}"
 
 
 STORED = tuple((build("quantize_weights", {"bits": 8 - n, "where": f"layer{n}"}, "here"),) for n in range(6))
@@ -158,9 +207,9 @@ def test_for_bytes_the_smallest_ways_to_store_that_the_budget_bears_are_found_by
     assert found == ([] if last < 0 else [STORED[last][0]])
 
 
-def test_less_share_after_every_rejection_and_no_more_than_the_candidates():
-    assert shares(played(FACTS, Budget(0.01), World(breaks_at=0.0))) == [0.4, 0.2, 0.1, 0.05]
-    assert shares(played(FACTS, Budget(0.01), World(breaks_at=1.0))) == [0.4, 0.6, 0.7, 0.75]
+def test_two_shares_a_round_between_what_fitted_and_what_did_not():
+    assert shares(played(FACTS, Budget(0.01), World(breaks_at=0.0)))[:4] == [0.2667, 0.5333, 0.0889, 0.1778]
+    assert shares(played(FACTS, Budget(0.01), World(breaks_at=1.0))) == [0.2667, 0.5333, 0.6222, 0.7111]
 
 
 def test_channels_go_first_then_whole_blocks_of_what_is_left():
@@ -174,25 +223,25 @@ def test_channels_go_first_then_whole_blocks_of_what_is_left():
     trials = played(facts, Budget(0.01), world)
     found = words(trials)[2:]
     on = f"distill_soft + quantize_static on {TARGET}"
-    assert found[:3] == [f"prune_channels {share} + {on}" for share in (0.4, 0.6, 0.5)]
-    assert found[3:] == [f"drop_layers {share} + prune_channels 0.5 + {on}" for share in (0.1667, 0.3333)]
-    epochs = [step.settings()["epochs"] for trial in trials[2:] for step in trial.recipe.steps[-2:-1]]
-    assert epochs[0] < epochs[2] < min(epochs[1], epochs[3]) < epochs[4]
-    assert all(step.settings()["lr"] == strategy.PLAIN_LR for trial in trials[2:] for step in trial.recipe.steps[-2:-1])
+    assert found[:4] == [f"prune_channels {share} + {on}" for share in (0.2667, 0.5333, 0.3556, 0.4444)]
+    assert found[4:6] == [f"drop_layers {share} + prune_channels 0.4444 + {on}" for share in (0.1667, 0.3333)]
+    assert found[6:] == [found[1]]  # the finalist: what failed, and would be faster
+    assert lengths(trials) == [strategy.SHORT] * 6 + [strategy.LONG]
+    taught = [step for trial in trials[2:] for step in trial.recipe.steps if step.name() == "distill_soft"]
+    assert all(step.settings()["lr"] == strategy.PLAIN_LR for step in taught)
 
 
-def test_a_first_block_that_cannot_go_is_the_last_one_tried():
+def test_of_many_blocks_an_eighth_goes_at_a_time():
     facts = dataclasses.replace(FACTS, folds=False, blocks=24)
-    found = words(played(facts, Budget(0.01), World(breaks_at=0.1)))[2:]
-    assert [word.partition(" + ")[0] for word in found] == [
-        *("prune_channels 0.4", "prune_channels 0.2", "prune_channels 0.1", "drop_layers 0.125")
-    ]
+    assert strategy._fewer_blocks(facts, 0.25) == [Shape(0.25, 3), Shape(0.25, 6)]
+    assert strategy._fewer_blocks(dataclasses.replace(facts, blocks=2), 0.25) == [Shape(0.25, 1)]
+    assert strategy._fewer_blocks(dataclasses.replace(facts, blocks=0), 0.25) == []
 
 
 def test_a_network_that_cannot_be_pruned_costs_two_trials():
     world = World()
     trials = played(FACTS, Budget(0.01), lambda r: Trial(r, None, "no") if len(r.steps) > 2 else world(r))
-    assert shares(trials) == [0.4, 0.2]
+    assert shares(trials) == [0.2667, 0.5333]
 
 
 def test_bytes_and_latency_bounds_do_not_turn_the_bisection_round():
@@ -204,4 +253,4 @@ def test_bytes_and_latency_bounds_do_not_turn_the_bisection_round():
 def test_the_strategy_does_not_depend_on_the_order_of_trials():
     trials = played(FACTS, Budget(0.01), World())
     for count in range(len(trials)):
-        assert next_recipe(FACTS, Budget(0.01), trials[:count][::-1]) == trials[count].recipe
+        assert next_recipes(FACTS, Budget(0.01), trials[:count][::-1])[0] == trials[count].recipe
