@@ -32,6 +32,7 @@ STORED_TRIALS = 4  # at most, of the bisection over ways to store weights
 BLOCK_STEPS = 2  # at most, for whole blocks, where there are such
 FINALISTS = 3  # at most, the shapes that are distilled for long, two of them at first
 SHORT, LONG = 0.5, 2.0  # how long shapes and finalists are distilled, over `Facts.epochs`
+TEACHINGS = ("distill_soft", "distill_hard", "distill_features")  # of which one is chosen by what it recovers
 HOPELESS = 2.0  # times the cost of the best target, uncompressed: int8 is not tried there
 NORMED_LR, PLAIN_LR = 0.005, 0.003  # with batch norms, which make rescaled weights harmless, and without
 
@@ -64,25 +65,27 @@ class Facts:
         fold = ("fold_batchnorm",) if self.folds else ()
         return (*shape, *(step if isinstance(step, Pass) else _step(step) for step in (*fold, *names)))
 
-    def distil(self, length: float = 1.0, shape: Shape | None = None) -> Pass:
+    def distil(self, length: float = 1.0, shape: Shape | None = None, teaching: str = TEACHINGS[0]) -> Pass:
         """The distillation of a shape: a smaller network takes more steps in the same time.
 
         Of four parts of the arithmetic of a step one is the teacher's, and three are the candidate's.
         """
         kept = 1.0 if shape is None else (1 - shape.share) * (1 - self.lost(shape))
         epochs = float(f"{length * self.epochs * 4 / (1 + 3 * kept):.2g}")
-        return _step("distill_soft", epochs=epochs, lr=NORMED_LR if self.folds else PLAIN_LR)
+        return _step(teaching, epochs=epochs, lr=NORMED_LR if self.folds else PLAIN_LR)
 
     def lost(self, shape: Shape) -> float:
         """The share of the blocks that a shape lacks."""
         return shape.dropped / self.blocks if shape.dropped else 0.0
 
-    def candidate(self, target: str, numbers: Numbers, shape: Shape, length: float) -> Recipe:
+    def candidate(
+        self, target: str, numbers: Numbers, shape: Shape, length: float, teaching: str = TEACHINGS[0]
+    ) -> Recipe:
         """Blocks and channels removed, what is left trained, and turned to numbers."""
         steps = [_step("drop_layers", share=round(self.lost(shape), 4))] if shape.dropped else []
         if shape.share:
             steps.append(_step("prune_channels", share=shape.share, multiple=self.multiples.get(target, 8)))
-        return Recipe(self.steps(*numbers, shape=[*steps, self.distil(length, shape)]), target)
+        return Recipe(self.steps(*numbers, shape=[*steps, self.distil(length, shape, teaching)]), target)
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ def plan(facts: Facts, budget: Budget) -> Plan:
 def expected(facts: Facts, done: int) -> int:
     """How many trials there will be, about."""
     blocks = BLOCK_STEPS if facts.blocks > 1 else 0
-    return max(done + 1, 2 * len(facts.targets) + 2 * ROUNDS + blocks + FINALISTS)
+    return max(done + 1, 2 * len(facts.targets) + 2 * ROUNDS + len(TEACHINGS) - 1 + blocks + FINALISTS)
 
 
 def shares_to_try(tried: Sequence[tuple[float, bool]]) -> list[float]:
@@ -189,22 +192,42 @@ def _rungs(facts: Facts) -> Iterator[Numbers]:
 def _shapes(facts: Facts, budget: Budget, target: str, numbers: Numbers) -> Plan:
     """Fewer channels, then fewer whole blocks of what is left, each distilled for a short time; then the finalists."""
     tried: dict[Shape, Trial] = {}
+    teaching = TEACHINGS[0]
 
-    def batch(shapes: Sequence[Shape], length: float) -> Generator[Round, list[Trial], list[Trial]]:
-        return (yield [facts.candidate(target, numbers, shape, length) for shape in shapes])
+    def taught(shapes: Sequence[Shape], length: float) -> Generator[Round, list[Trial], dict[Shape, Trial]]:
+        trials = yield [facts.candidate(target, numbers, shape, length, teaching) for shape in shapes]
+        return dict(zip(shapes, trials, strict=True))
 
-    for _ in range(ROUNDS):
+    for number in range(ROUNDS):
         fitted = [(shape.share, trial.drop_fits(budget)) for shape, trial in tried.items()]
-        shapes = [Shape(share) for share in shares_to_try(fitted)]
-        tried |= zip(shapes, (yield from batch(shapes, SHORT)), strict=True)
+        tried |= yield from taught([Shape(share) for share in shares_to_try(fitted)], SHORT)
         if all(trial.measurement is None for trial in tried.values()):
             break  # what cannot be pruned at two shares cannot at any
+        if number == 0:
+            shape = min(
+                tried, key=lambda s: (tried[s].drop_fits(budget), -s.share if tried[s].drop_fits(budget) else s.share)
+            )
+            others = yield [facts.candidate(target, numbers, shape, SHORT, kind) for kind in TEACHINGS[1:]]
+            teaching, tried[shape] = _best_teaching(tried[shape], others)
     share = max([shape.share for shape, trial in tried.items() if trial.drop_fits(budget)], default=0.0)
     if shapes := _fewer_blocks(facts, share):
-        tried |= zip(shapes, (yield from batch(shapes, SHORT)), strict=True)
-    taught: dict[Shape, Trial] = {}
-    while finalists := _finalists(tried, taught, budget):
-        taught |= zip(finalists, (yield from batch(finalists, LONG)), strict=True)
+        tried |= yield from taught(shapes, SHORT)
+    finals: dict[Shape, Trial] = {}
+    while finalists := _finalists(tried, finals, budget):
+        finals |= yield from taught(finalists, LONG)
+
+
+def _best_teaching(first: Trial, others: Sequence[Trial]) -> tuple[str, Trial]:
+    """The distillation that left the smallest drop on one and the same shape, and its trial; the first where even."""
+    found = [
+        (trial.measurement.drop, name, trial)
+        for name, trial in zip(TEACHINGS, (first, *others), strict=True)
+        if trial.measurement
+    ]
+    if not found:
+        return TEACHINGS[0], first
+    _, name, trial = min(found, key=lambda item: item[0])
+    return name, trial
 
 
 def _fewer_blocks(facts: Facts, share: float) -> list[Shape]:
@@ -213,21 +236,21 @@ def _fewer_blocks(facts: Facts, share: float) -> list[Shape]:
     return [Shape(share, few * n) for n in range(1, BLOCK_STEPS + 1) if few * n < facts.blocks]
 
 
-def _finalists(tried: Mapping[Shape, Trial], taught: Mapping[Shape, Trial], budget: Budget) -> list[Shape]:
+def _finalists(tried: Mapping[Shape, Trial], finals: Mapping[Shape, Trial], budget: Budget) -> list[Shape]:
     """Of the shapes that would cost less than the best that fits, those that lack least; at first two, then one.
 
     None after FINALISTS, nor after one round in which none did.
     """
-    if len(taught) >= FINALISTS or (taught and not any(trial.drop_fits(budget) for trial in taught.values())):
+    if len(finals) >= FINALISTS or (finals and not any(trial.drop_fits(budget) for trial in finals.values())):
         return []
-    fitting = [t for t in (*tried.values(), *taught.values()) if t.drop_fits(budget)]
+    fitting = [t for t in (*tried.values(), *finals.values()) if t.drop_fits(budget)]
     least = min([_cost(trial, trial, budget) for trial in fitting], default=math.inf)
     lacking = {
         shape: budget.excess(trial.measurement)["max_drop"]
         for shape, trial in tried.items()
-        if shape not in taught and trial.measurement and budget.cost(trial.measurement) < least
+        if shape not in finals and trial.measurement and budget.cost(trial.measurement) < least
     }
-    return sorted(lacking, key=lambda shape: lacking[shape])[: 1 if taught else 2]
+    return sorted(lacking, key=lambda shape: lacking[shape])[: 1 if finals else 2]
 
 
 def _cost(first: Trial, second: Trial, budget: Budget) -> float:
@@ -241,16 +264,29 @@ def _step(name: str, **settings: Any) -> Pass:
 
 
 def seconds_of(recipe: Recipe, trials: Sequence[Trial]) -> float:
-    """How long a trial will take, from how long each of its stages took at most before; unknown ones count nothing."""
+    """How long a trial will take, from how long each of its stages took at most before; unknown ones count nothing.
+
+    Distillations go by their epochs, and one that was not tried yet by the others.
+    """
 
     def once(trial: Trial, stage: str) -> float:
-        return trial.seconds.get(stage, 0.0) / max(1, _stages(trial.recipe)[stage])
+        taken = sum(seconds for name, seconds in trial.seconds.items() if _stage(name) == stage)
+        amount = _amounts(trial.recipe)[stage]
+        return taken / amount if amount else 0.0
 
     return sum(
-        times * max((once(trial, stage) for trial in trials), default=0.0) for stage, times in _stages(recipe).items()
+        amount * max((once(trial, stage) for trial in trials), default=0.0)
+        for stage, amount in _amounts(recipe).items()
     )
 
 
-def _stages(recipe: Recipe) -> Counter[str]:
-    """The stages of a trial, and how often each comes: a recipe may hold a pass twice."""
-    return Counter([*(step.name() for step in recipe.steps), "export", "measure"])
+def _amounts(recipe: Recipe) -> Counter[str]:
+    """How much of each stage there is in a trial: how often a pass comes, of distillations the epochs."""
+    found: Counter[Any] = Counter(dict.fromkeys(("export", "measure"), 1))
+    for step in recipe.steps:
+        found[_stage(step.name())] += step.settings().get("epochs", 1)
+    return found
+
+
+def _stage(name: str) -> str:
+    return "distil" if name.startswith("distill_") else name

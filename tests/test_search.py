@@ -46,6 +46,7 @@ SMALL = Budget(0.05, objective="bytes")
 
 QUICK = [
     ("featherweight.strategy", "ROUNDS", 1),
+    ("featherweight.strategy", "TEACHINGS", ("distill_soft",)),
     ("featherweight.strategy", "STORED_TRIALS", 1),
     ("featherweight.strategy", "FINALISTS", 0),
     ("featherweight.facts", "FEWEST_STEPS", 4),
