@@ -34,7 +34,7 @@ FINALISTS = 3  # at most, the shapes that are distilled for long, two of them at
 SHORT, LONG = 0.5, 2.0  # how long shapes and finalists are distilled, over `Facts.epochs`
 TEACHINGS = ("distill_soft", "distill_hard", "distill_features")  # of which one is chosen by what it recovers
 HOPELESS = 2.0  # times the cost of the best target, uncompressed: int8 is not tried there
-NORMED_LR, PLAIN_LR = 0.005, 0.003  # with batch norms, which make rescaled weights harmless, and without
+NORMED_LR, PLAIN_LR = 0.005, 0.001  # with batch norms, which make rescaled weights harmless, and without
 
 
 @dataclass(frozen=True)
