@@ -53,6 +53,7 @@ LAYERS = (
         "behaviour",
         "damage_table",
         "facts",
+        "making",
         "progress",
         "result",
         "search",
