@@ -235,6 +235,21 @@ def replace_artifact(source: Path, folder: Path) -> None:
             shutil.copyfile(path, fresh / path.name)
 
 
+def write_artifact(files: Mapping[str, bytes], folder: Path) -> Artifact:
+    """The artifact whose files were made elsewhere, in `folder`, where it appears whole or not at all.
+
+    Raises:
+        ArtifactError: `folder` cannot be written, or the files are not those that their manifest lists.
+    """
+    if strange := [name for name in files if not FILE_NAME.fullmatch(name)]:
+        raise ArtifactError(f"The file name {strange[0][:80]!r} is not allowed in an artifact, so it was not written.")
+    with _whole_or_nothing(folder, overwrite=True) as fresh:
+        for name, content in files.items():
+            (fresh / name).write_bytes(content)
+        open_artifact(fresh)
+    return open_artifact(folder)
+
+
 def write_text_atomic(path: Path, text: str) -> None:
     """`text` in the file `path`, which at every moment holds either the old text or the new one, whole.
 

@@ -97,6 +97,12 @@ def parser() -> argparse.ArgumentParser:
     )
     add.add_argument("--max-latency-ms", type=_positive, metavar="X", help="bound on the latency")
     add.add_argument("--target", default="auto", metavar="auto|NAME[,NAME]", help="where it is to run (auto)")
+    add.add_argument(
+        "--pool",
+        default="serial",
+        metavar="serial|processes:N|ray[:ADDRESS]",
+        help="where networks are built and judged, side by side if it has several processes (serial)",
+    )
     add.add_argument("--time-limit", type=duration, default="15m", metavar="T", help="90s, 15m or 2h (15m)")
     _timing(add)
     add.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new or empty folder")
@@ -179,13 +185,14 @@ def _positive(text: str) -> float:
 
 def compress(chosen: argparse.Namespace) -> int:
     """`featherweight compress`: everything that can be checked is checked before the workload is loaded."""
-    from featherweight import report, search, trials, workload
+    from featherweight import pools, report, search, trials, workload
 
     budget = trials.Budget(
         _drop(chosen.max_drop), chosen.max_bytes, chosen.max_latency_ms, chosen.objective, chosen.max_ram
     )
     names = [name.strip() for name in chosen.target.split(",")]
     search.check_targets(names)
+    pools.check_pool(chosen.pool)
     trials.check_folder(chosen.out, chosen.resume)
     progress = _progress()
     result = search.compress(
@@ -198,6 +205,7 @@ def compress(chosen: argparse.Namespace) -> int:
         time_limit=chosen.time_limit,
         seed=chosen.seed,
         resume=chosen.resume,
+        pool=chosen.pool,
         progress=progress,
     )
     progress.close()

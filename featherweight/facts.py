@@ -67,12 +67,12 @@ def _epochs(workload: Workload) -> float:
     batch = workload.calibration[0]
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         call(workload.start, batch)
-    forward = counter.get_total_flops() / tensors(batch)[0].shape[0] * _batch_size(first)
+    forward = counter.get_total_flops() / tensors(batch)[0].shape[0] * batch_size(first)
     steps = TRAINING_FLOP / max(4 * forward, 1.0)  # forward, backward twice that, and the teacher's forward
     return float(f"{min(max(steps, FEWEST_STEPS), MOST_STEPS) / length:.2g}")
 
 
-def _batch_size(item: Any) -> int:
+def batch_size(item: Any) -> int:
     """Of a batch, or of a pair of a batch and its targets; 1 where it is neither, which distill_soft explains."""
     while isinstance(item, (tuple, list, Mapping)) and item:
         item = next(iter(item.values() if isinstance(item, Mapping) else item))

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from featherweight.facts import batch_size
 from featherweight.measure import Baseline, Measurement, drop_bounds
 from featherweight.strategy import LARGEST_SHARE
 from featherweight.timing import peak_rss_bytes
@@ -58,11 +59,13 @@ def out_of_reach(budget: Budget, original: Baseline, plain: Sequence[Measurement
         )
 
 
-def predicted_ram(workload: Workload, rows: int) -> int:
+def predicted_ram(workload: Workload) -> int:
     """The bytes that this process will hold at most while it compresses the workload's network.
 
-    What it holds already, weights as often as training keeps them, and what a batch of `rows` leaves for the way back.
+    What it holds already, weights as often as training keeps them, and what a training batch leaves for the way back.
     """
+    first = workload.calibration[0] if workload.train is None else next(iter(workload.train), None)
+    rows = batch_size(first)
     weights = sum(parameter.nbytes for parameter in workload.start.parameters())
     return (peak_rss_bytes() or 0) + OF_A_WEIGHT * weights + saved_bytes(workload.start, workload.calibration[0], rows)
 

@@ -1,7 +1,8 @@
 """Measuring: what an artifact costs and what it is worth, beside the original, in plain numbers with their doubts.
 
 Bytes are bytes of files, milliseconds come from fresh processes that run in turn (`timing`), scores from the
-artifact's own outputs through the workload's own `score`. Nothing is compressed here and nothing is decided.
+artifact's own outputs through the workload's own `score`. The scores may be found beforehand, elsewhere, while other
+work goes on (`judge`); what is timed is timed alone. Nothing is compressed here and nothing is decided.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from featherweight.artifact import Artifact, build, count_parameters, versions_o
 from featherweight.errors import ArtifactError, ExportError, WorkloadError
 from featherweight.recipe import Recipe
 from featherweight.timing import Interval, Subject, interleave, latency, ratio
-from featherweight.workload import Predict, Score, Workload, call, like, outputs, predictor, scores, tensors
+from featherweight.workload import Predict, Workload, call, like, outputs, predictor, scores, tensors
 
 ORIGINAL, CONTROL, ARTIFACT, RUNTIME = "original", "control", "artifact", "runtime"
 RESAMPLES = 4000
@@ -161,7 +162,24 @@ class Baseline:
         """
         values = _fields(cls, text, without=("outputs",))
         measurement = Measurement.from_json(json.dumps(values.pop("measurement")))
-        return cls(**values, measurement=measurement, outputs=_outputs_on_calibration(workload))
+        return cls(**values, measurement=measurement, outputs=outputs_on_calibration(workload))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """What an artifact's outputs are worth: all of a measurement that takes no timing, and no comparison either.
+
+    Args:
+        scores: one per example, or a single one.
+        test_scores: the same of `test_score`; None where it was not asked for or there is none.
+        fidelity: how well the outputs agree with the original's on calibration data.
+        doubts: about the outputs.
+    """
+
+    scores: list[float]
+    test_scores: list[float] | None
+    fidelity: dict[str, float | None]
+    doubts: list[str]
 
 
 def baseline(workload: Workload, *, threads: int = 1, batch: int = 1, quick: bool = False, seed: int = 0) -> Baseline:
@@ -227,7 +245,36 @@ def baseline(workload: Workload, *, threads: int = 1, batch: int = 1, quick: boo
             *_waiting_doubts(timings.waiting_share),
         ],
     )
-    return Baseline(measurement=measurement, scores=before, test_scores=test, outputs=_outputs_on_calibration(workload))
+    return Baseline(measurement=measurement, scores=before, test_scores=test, outputs=outputs_on_calibration(workload))
+
+
+def judge(
+    artifact: Artifact,
+    workload: Workload,
+    originals: Sequence[tuple[Tensor, ...]],
+    *,
+    threads: int | None = None,
+    test: bool = False,
+) -> Judgement:
+    """What the artifact's outputs are worth.
+
+    Args:
+        artifact: what ships.
+        workload: that it was made of.
+        originals: the original's outputs, as `outputs_on_calibration` gives them.
+        threads: that compute; None for all cores.
+        test: whether it is scored on `test_score` too, where the workload has one.
+
+    Raises:
+        WorkloadError: the score fails on the artifact's outputs.
+        ArtifactError: the artifact cannot be loaded or run.
+    """
+    predict = artifact.predict(physical_cores() if threads is None else threads)
+    after, after_test = scores(workload.score, predict).tolist(), None
+    if test and workload.test_score is not None:
+        after_test = scores(workload.test_score, predict, "test_score").tolist()
+    fidelity, doubts = _fidelity(originals, predict, workload)
+    return Judgement(scores=after, test_scores=after_test, fidelity=fidelity, doubts=doubts)
 
 
 def measure(
@@ -241,6 +288,7 @@ def measure(
     test: bool = False,
     quick: bool = False,
     seed: int = 0,
+    judgement: Judgement | None = None,
 ) -> Measurement:
     """What the artifact costs and is worth, beside the original.
 
@@ -254,6 +302,7 @@ def measure(
         test: whether it is scored on `test_score` too, where the workload has one.
         quick: fewer and shorter rounds; the control is taken from the baseline.
         seed: of the bootstrap.
+        judgement: what `judge` found of it with the same `test`, where it has been judged; only timing is left then.
 
     Raises:
         WorkloadError: the score fails on the artifact's outputs.
@@ -262,16 +311,15 @@ def measure(
     """
     original = baseline.measurement
     inputs = timing_inputs(workload, batch)
-    predict = artifact.predict(physical_cores())
-    after = _scores_like(baseline.scores, workload.score, predict, "score")
-    before_test = baseline.test_scores if test else None
-    after_test = None
-    if before_test is not None and workload.test_score is not None:
-        after_test = _scores_like(before_test, workload.test_score, predict, "test_score")
-    fidelity, doubts = _fidelity(baseline.outputs, predict, workload)
-    same = fidelity["relative_error"] is not None and fidelity["relative_error"] < ROUNDING
+    # judged apart, so that no second copy of the network takes memory from those that are timed
+    judged = judgement or judge(artifact, workload, baseline.outputs, test=test)
+    _check_alike(judged.scores, baseline.scores, "score")
+    before_test, after_test = baseline.test_scores if test else None, judged.test_scores
+    if before_test is not None and after_test is not None:
+        _check_alike(after_test, before_test, "test_score")
+    off = judged.fidelity["relative_error"]
+    same = off is not None and off < ROUNDING
     kernels = shares(artifact, inputs, threads)
-    del predict  # a second copy of the network would only take memory from those that are timed
 
     subjects = [_original(workload, batch, ORIGINAL), Subject(ARTIFACT, folder=artifact.folder)]
     if runtime is not None:
@@ -291,9 +339,9 @@ def measure(
         seed=artifact.manifest["seed"],
         threads=threads,
         batch=batch,
-        examples=len(after),
+        examples=len(judged.scores),
         original_score=original.score,
-        **_quality("", after, baseline.scores, seed, same),
+        **_quality("", judged.scores, baseline.scores, seed, same),
         **_quality("test_", after_test, before_test, seed, same),
         bytes=artifact.bytes,
         packed_bytes=None,
@@ -310,17 +358,17 @@ def measure(
         peak_rss_bytes=timings.peak_rss_bytes[ARTIFACT],
         original_peak_rss_bytes=timings.peak_rss_bytes[ORIGINAL],
         waiting_share=timings.waiting_share,
-        fidelity=fidelity,
+        fidelity=judged.fidelity,
         coverage=artifact.manifest["coverage"],
         kernels=kernels,
         machine=here,
         versions=versions_of(artifact.target),
         doubts=[
-            *_workload_doubts(workload, after, baseline.test_scores),
+            *_workload_doubts(workload, judged.scores, baseline.test_scores),
             *_control_doubts(control),
             *_waiting_doubts(timings.waiting_share),
             *_int8_doubts(artifact, kernels, here),
-            *doubts,
+            *judged.doubts,
         ],
     )
 
@@ -458,17 +506,15 @@ def _original(workload: Workload, batch: int, name: str) -> Subject:
     return Subject(name, run=run)
 
 
-def _scores_like(before: list[float], score: Score, predict: Predict, what: str) -> list[float]:
-    after = scores(score, predict, what).tolist()
+def _check_alike(after: list[float], before: list[float], what: str) -> None:
     if len(after) != len(before):
         raise WorkloadError(
             f"{what}(predict) returned {len(after)} values for the artifact and {len(before)} for the original, so "
             "they cannot be compared example by example. Make it score the same examples every time, in the same order."
         )
-    return after
 
 
-def _outputs_on_calibration(workload: Workload) -> list[tuple[Tensor, ...]]:
+def outputs_on_calibration(workload: Workload) -> list[tuple[Tensor, ...]]:
     """The original's outputs on the first calibration batches: few enough to be kept in memory."""
     found: list[tuple[Tensor, ...]] = []
     kept = 0
@@ -484,7 +530,7 @@ def _outputs_on_calibration(workload: Workload) -> list[tuple[Tensor, ...]]:
 
 @torch.inference_mode()
 def _fidelity(
-    originals: list[tuple[Tensor, ...]], predict: Predict, workload: Workload
+    originals: Sequence[tuple[Tensor, ...]], predict: Predict, workload: Workload
 ) -> tuple[dict[str, float | None], list[str]]:
     """How well the artifact's outputs agree with the original's on calibration data, and doubts about it.
 
@@ -602,14 +648,21 @@ def machine() -> dict[str, Any]:
 
 
 def physical_cores() -> int:
-    """The processor cores that this process may use: not hyperthreads, and no more than a container's quota."""
-    if platform.system() != "Linux":
-        return os.cpu_count() or 1
-    allowed = os.sched_getaffinity(0)
-    siblings = {_read(Path(f"/sys/devices/system/cpu/cpu{i}/topology/thread_siblings_list")) or str(i) for i in allowed}
+    """How many processor cores this process may use: not hyperthreads, and no more than a container's quota."""
     quota = re.match(r"(\d+) (\d+)", _read(Path("/sys/fs/cgroup/cpu.max")))
-    limit = max(1, int(quota.group(1)) // int(quota.group(2))) if quota else len(siblings)
-    return min(len(siblings), limit)
+    most = len(cores())
+    return min(most, max(1, int(quota.group(1)) // int(quota.group(2)))) if quota else most
+
+
+def cores() -> list[list[int]]:
+    """The processor cores that this process may use, each with the numbers of its hyperthreads."""
+    if platform.system() != "Linux":
+        return [[number] for number in range(os.cpu_count() or 1)]
+    found: dict[str, list[int]] = {}
+    for number in sorted(os.sched_getaffinity(0)):
+        siblings = _read(Path(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list"))
+        found.setdefault(siblings or str(number), []).append(number)
+    return list(found.values())
 
 
 def _read(path: Path) -> str:

@@ -1,9 +1,14 @@
-"""The search: the loop that tries one recipe after the other.
+"""The search: the loop that tries recipes until there is none left to try.
 
-Which recipe is tried next, `strategy` says: a pure function of what is known of the workload, the budget and the trials
-so far. The trials, which lie on disk (see `trials`), are all the state there is. So a search that was killed goes on
-where it stopped, within a long training from its last checkpoint, and the same scores lead to the same result. Whether
-a trial is accepted is decided on the search's own data; `test_score` is computed for the best alone, and only reported.
+Which recipes are tried next, `strategy` says: a pure function of what is known of the workload, the budget and the
+trials so far. The trials, which lie on disk (see `trials`), are all the state there is. So a search that was killed
+goes on where it stopped, within a long training from its last checkpoint, and the same scores lead to the same result.
+Whether a trial is accepted is decided on the search's own data; `test_score` is computed for the best alone, and only
+reported.
+
+Recipes that can be tried together are built and judged side by side where there is a pool of processes (`pools`), and
+timed one after the other, in the order in which the strategy names them, when nothing else is at work. So trials, and
+their order, do not depend on the pool.
 """
 
 from __future__ import annotations
@@ -13,31 +18,35 @@ import dataclasses
 import json
 import math
 import re
+import secrets
 import shutil
 import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 from featherweight import targets
 from featherweight.allocation import predicted_frontier
-from featherweight.artifact import Artifact, build, open_artifact, replace_artifact, versions_of, write_text_atomic
-from featherweight.checkpoints import kept_in
+from featherweight.artifact import Artifact, replace_artifact, versions_of, write_artifact, write_text_atomic
 from featherweight.damage_table import damage_table, steps_of
 from featherweight.errors import (
-    ArtifactError,
     BudgetError,
     ExportError,
     FeatherweightError,
     LayerError,
     ProcessError,
     TargetError,
+    WorkloadError,
 )
 from featherweight.facts import facts_of, fingerprint
-from featherweight.measure import Baseline, Measurement, baseline, measure, physical_cores
+from featherweight.feasibility import out_of_reach, predicted_ram
+from featherweight.making import Made, Order, built, changes, known_artifact, made_elsewhere, make, reason
+from featherweight.measure import Baseline, Judgement, Measurement, baseline, measure, physical_cores
 from featherweight.passes import Pass
+from featherweight.pools import Pool, check_pool, open_pool
 from featherweight.processes import processes
 from featherweight.progress import Progress, Stopwatch
 from featherweight.recipe import Recipe, compress_model
@@ -69,7 +78,7 @@ from featherweight.workload import Workload
 from featherweight.workload import check as check_workload
 
 UNFINISHED = "unfinished"  # the verdict while a search goes on
-CHECKPOINTS = ".checkpoints"  # ending of the folder with those of a trial
+POOL = "pool"  # the stage in which a pool is at work
 
 
 def compress(
@@ -83,6 +92,7 @@ def compress(
     time_limit: float | None = None,
     seed: int = 0,
     resume: bool = False,
+    pool: str = "serial",
     progress: Progress | None = None,
 ) -> Result:
     """The smallest or fastest artifact of the workload's network that keeps to the budget, in `folder`/best.
@@ -99,10 +109,13 @@ def compress(
         time_limit: seconds after which nothing new is begun; None for none.
         seed: of all chance.
         resume: whether trials that lie in `folder` are taken over.
+        pool: where networks are built and judged: "serial" is this process, "processes:N" are N on this machine, "ray"
+            is a cluster on this machine, "ray:ADDRESS" one that runs.
         progress: told what goes on.
 
     Raises:
         BudgetError, TargetError, WorkloadError, ArtifactError: what is given does not fit; nothing was spent.
+        ProcessError: the pool cannot be reached; nothing was spent.
         ExportError: not even the original can be put on any of the targets.
     """
     begin = time.monotonic()
@@ -117,19 +130,30 @@ def compress(
     for name, value in (("threads", threads), ("batch", batch), ("time_limit", time_limit)):
         if value is not None and not value > 0:
             raise BudgetError(f"{name}={value} makes no sense: give a number above zero.")
+    _check_pool_can_load(workload, pool)
     with claimed(Path(folder), resume):
         check_workload(workload)
         settings = Settings(seed, physical_cores() if threads is None else threads, batch, fingerprint(workload))
         search = _Search(workload, budget, Path(folder), settings, progress or Progress())
-        return _brought_to_an_end(search, names, math.inf if time_limit is None else begin + time_limit)
+        return _brought_to_an_end(search, names, pool, math.inf if time_limit is None else begin + time_limit)
 
 
-def _brought_to_an_end(search: _Search, names: Sequence[str], deadline: float) -> Result:
+def _check_pool_can_load(workload: Workload, pool: str) -> None:
+    kind, _ = check_pool(pool)
+    if workload.source is None and kind != "serial":
+        raise WorkloadError(
+            f"This workload has no file, so other processes cannot load it, as pool={pool!r} needs. Put it into a "
+            "function workload() of a file and pass featherweight.load('file.py'), or use the pool serial."
+        )
+
+
+def _brought_to_an_end(search: _Search, names: Sequence[str], pool: str, deadline: float) -> Result:
     """The result of a search that ends by itself or is interrupted."""
     interrupted = False
     with _interruptible(), keeping_originals():
         try:
-            search.run(names, deadline)
+            with open_pool(pool) as workers:
+                search.run(names, workers, deadline)
         except KeyboardInterrupt:
             interrupted = True
         best = None
@@ -167,6 +191,7 @@ class _Search:
         self, workload: Workload, budget: Budget, folder: Path, settings: Settings, progress: Progress
     ) -> None:
         self.workload, self.budget, self.folder, self.settings = workload, budget, folder, settings
+        self.name = secrets.token_hex(16)  # nobody else's, on whatever machine
         self.progress, self.watch = progress, Stopwatch(progress)
         self.original: Baseline | None = None
         self.trials = self._stored_trials()
@@ -176,23 +201,27 @@ class _Search:
 
     def _stored_trials(self) -> list[Trial]:
         """Those of earlier runs with the same settings and the same versions of everything, oldest first."""
-        for stale in (self.folder / TRIALS).glob(".*.partial"):  # of a run that was killed
-            if re.fullmatch(rf"\.{DIGEST}\..*", stale.name):
-                shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-        found = []
+        self._sweep()
+        known = []
         changed: dict[str, None] = {}  # in order, once each
         for settings, trial in read_trials(self.folder):
             self._check_fingerprint(settings.fingerprint)
             if settings == self.settings:
-                changes = _changes(trial.versions, _versions_now(trial.recipe.target))
-                changed |= dict.fromkeys(changes)
-                found += [] if changes else [trial]
+                differ = changes(trial.versions, _versions_now(trial.recipe.target))
+                changed |= dict.fromkeys(differ)
+                known += [] if differ else [trial]
         if changed:
             self.progress.line(f"trials made with other versions are not reused: {', '.join(changed)}")
-        return found
+        return known
 
-    def _check_fingerprint(self, found: str) -> None:
-        if found != self.settings.fingerprint:
+    def _sweep(self) -> None:
+        """What processes that were killed left half written goes."""
+        for stale in (self.folder / TRIALS).glob(".*.partial"):
+            if re.fullmatch(rf"\.{DIGEST}\..*", stale.name):
+                shutil.rmtree(stale, ignore_errors=True) if stale.is_dir() else stale.unlink()
+
+    def _check_fingerprint(self, of_old: str) -> None:
+        if of_old != self.settings.fingerprint:
             raise BudgetError(
                 f"{self.folder} holds the search of another workload: its file, or the network's parameters, have "
                 "changed since. Choose another folder, or give the workload as it was; if it computes parameters when "
@@ -212,41 +241,48 @@ class _Search:
                     return known
         self.watch("baseline")
         seed = self.settings.seed
-        found = baseline(self.workload, threads=self.settings.threads, batch=self.settings.batch, seed=seed)
-        write_text_atomic(path, json.dumps({**key, "baseline": json.loads(found.to_json())}, indent=1) + "\n")
-        return found
+        fresh = baseline(self.workload, threads=self.settings.threads, batch=self.settings.batch, seed=seed)
+        write_text_atomic(path, json.dumps({**key, "baseline": json.loads(fresh.to_json())}, indent=1) + "\n")
+        return fresh
 
     # ---- trying
 
-    def run(self, names: Sequence[str], deadline: float) -> None:
-        """Tries one recipe after the other, until there is none left or no time for the next."""
+    def run(self, names: Sequence[str], pool: Pool, deadline: float) -> None:
+        """Tries recipes, until there is none left or no time for the next."""
         self.original = self._measured_original()
         self.progress.line(f"the original: {figures(self.original.measurement)}")
         self.watch("facts")
         facts = facts_of(self.workload, names)
+        with contextlib.suppress(RuntimeError):  # of a network through which no gradient flows: the trials will say
+            self.progress.line(f"compressing is expected to take {predicted_ram(self.workload) / 1e9:.2g} GB of memory")
         if self.budget.objective == "bytes":
             self.watch("damage")
             facts = dataclasses.replace(facts, stored=self._few_bits(facts))
         self.watch("")
-        while recipes := next_recipes(facts, self.budget, self.trials):
-            recipe = recipes[0]
-            self.progress.count(len(self.trials), expected(facts, len(self.trials)))
-            if time.monotonic() + seconds_of(recipe, self.trials) + self._seconds_of_final() > deadline:
-                self.late = True
-                self.progress.line("the time limit leaves no room for another trial")
-                return
-            trial = self._try(recipe)
-            if not trial.by_chance:
-                write_trial(self.folder, self.settings, trial)
-            self.trials.append(trial)
-            self.progress.line(self._told(trial))
-            self.show()
+        first = True
+        while not self.late and (recipes := next_recipes(facts, self.budget, self.trials)):
+            for batch in [[recipe] for recipe in recipes] if pool.here else [recipes]:
+                self.progress.count(len(self.trials), expected(facts, len(self.trials)))
+                if time.monotonic() + self._seconds_of(batch, pool.workers) + self._seconds_of_final() > deadline:
+                    self.late = True
+                    self.progress.line("the time limit leaves no room for another trial")
+                    return
+                self._try(batch, pool)
+            if first:
+                self._say_what_is_out_of_reach()
+            first = False
         if not measurements(self.trials):
             raise ExportError(
                 f"The network can be put on none of {', '.join(names)}, even uncompressed. The first said: "
                 f"{self.trials[0].error}"
             )
         self.progress.count(len(self.trials), len(self.trials))
+
+    def _say_what_is_out_of_reach(self) -> None:
+        plain = measurements(self._plain())
+        if self.original is not None and plain:
+            for said in out_of_reach(self.budget, self.original, plain):
+                self.progress.line(f"out of reach: {said}")
 
     def _few_bits(self, facts: Facts) -> tuple[tuple[Pass, ...], ...]:
         """Steps that store weights in few bits, from the least harmful to the smallest."""
@@ -259,48 +295,91 @@ class _Search:
             return ()
         return tuple(steps for choices in predicted_frontier(table) if (steps := steps_of(choices)))
 
-    def _try(self, recipe: Recipe) -> Trial:
-        watch, by_chance = Stopwatch(self.progress), False
-        try:
-            artifact = self._built(recipe, watch)
-            watch("measure")
-            found, error = self._measured(artifact, quick=True), ""
-        except (MemoryError, OSError):
-            raise
-        except Exception as problem:
-            if isinstance(problem.__cause__, OSError):  # the disk is full, say: the next trial would fail as well
-                raise
-            known, by_chance = isinstance(problem, FeatherweightError), isinstance(problem, ProcessError)
-            found, error = None, str(problem) if known else f"{type(problem).__name__}: {problem}"
-        finally:
-            watch("")
-            for stage, seconds in watch.seconds.items():
-                self.watch.seconds[stage] = round(self.watch.seconds.get(stage, 0.0) + seconds, 3)
-        return Trial(recipe, found, error, watch.seconds, by_chance, versions_of(recipe.target))
+    def _try(self, recipes: Sequence[Recipe], pool: Pool) -> None:
+        """Builds and judges them side by side; then times one after the other, when nothing else is at work."""
+        for recipe, made in zip(recipes, self._made(recipes, pool), strict=True):
+            trial = self._timed(recipe, made)
+            if not trial.by_chance:
+                write_trial(self.folder, self.settings, trial)
+            self.trials.append(trial)
+            self.progress.line(self._told(trial))
+            self.show()
 
-    def _built(self, recipe: Recipe, watch: Stopwatch) -> Artifact:
+    def _made(self, recipes: Sequence[Recipe], pool: Pool) -> list[Made]:
+        """What came of each, when all are done."""
+        if pool.here:
+            return [pool.submit(self._made_here, recipe).result() for recipe in recipes]
+        self.watch(POOL)
+        going = [pool.submit(made_elsewhere, self._order_for(pool, recipe)) for recipe in recipes]
+        made = [self._fetched(recipe, future) for recipe, future in zip(recipes, going, strict=True)]
+        self.watch("")
+        return made
+
+    def _made_here(self, recipe: Recipe) -> Made:
+        assert self.original is not None
+        made = make(self._order(recipe), self.workload, self.original.outputs, Stopwatch(self.progress))
+        self._count_in(made.seconds)
+        return made
+
+    def _fetched(self, recipe: Recipe, future: Future[Made]) -> Made:
+        try:
+            made = future.result()
+        except ProcessError as error:  # lost again and again
+            return Made(error=str(error), by_chance=True)
+        if made.files:  # of a machine whose files are not seen here
+            return dataclasses.replace(made, artifact=write_artifact(made.files, self._place(recipe)), files={})
+        return made
+
+    def _timed(self, recipe: Recipe, made: Made) -> Trial:
+        watch, measured = Stopwatch(self.progress), None
+        error, by_chance = made.error, made.by_chance
+        if made.artifact is not None:
+            watch("measure")
+            try:
+                measured = self._measured(made.artifact, quick=True, judgement=made.judgement)
+            except Exception as problem:
+                error, by_chance = reason(problem), isinstance(problem, ProcessError)
+            finally:
+                watch("")
+        self._count_in(watch.seconds)
+        seconds = {**made.seconds, **watch.seconds}
+        return Trial(recipe, measured, error, seconds, by_chance, versions_of(recipe.target))
+
+    def _count_in(self, seconds: Mapping[str, float]) -> None:
+        for stage, spent in seconds.items():
+            self.watch.seconds[stage] = round(self.watch.seconds.get(stage, 0.0) + spent, 3)
+
+    def _order(self, recipe: Recipe) -> Order:
+        place, best = self._place(recipe).absolute(), (self.folder / BEST).absolute()
+        return Order(recipe.to_yaml(), place, (best,), self.settings.seed)
+
+    def _order_for(self, pool: Pool, recipe: Recipe) -> Order:
+        """The same for a process that knows nothing of the search and, in a cluster, sees no file of it."""
+        there = self._there(recipe) if pool.far else None
+        return dataclasses.replace(
+            self._order(recipe),
+            threads=pool.threads,
+            source=self.workload.source or "",
+            fingerprint=self.settings.fingerprint,
+            versions=versions_of(recipe.target),
+            far=self.name if pool.far else "",
+            files={path.name: path.read_bytes() for path in there.folder.iterdir()} if there else {},
+        )
+
+    def _built(self, recipe: Recipe) -> Artifact:
         """Its artifact: from disk where it lies there whole, else made anew."""
-        if (there := self._there(recipe)) is not None:
-            return there
-        place = self._place(recipe)
-        shutil.rmtree(place, ignore_errors=True)
-        with kept_in(place.with_suffix(CHECKPOINTS)):
-            return build(recipe, self.workload, place, self.settings.seed, progress=watch)
+        return built(self._order(recipe), self.workload, Stopwatch(self.progress))
 
     def _there(self, recipe: Recipe) -> Artifact | None:
         """Its artifact, where it lies on disk whole and would be made the same now."""
-        wanted = {"recipe_digest": recipe.digest, "seed": self.settings.seed, "versions": versions_of(recipe.target)}
-        for folder in (self._place(recipe), self.folder / BEST):
-            with contextlib.suppress(ArtifactError):
-                there = open_artifact(folder)
-                if all(there.manifest[name] == value for name, value in wanted.items()):
-                    return there
-        return None
+        return known_artifact(recipe, self.settings.seed, (self._place(recipe), self.folder / BEST))
 
     def _place(self, recipe: Recipe) -> Path:
         return self.folder / TRIALS / self.settings.digest(recipe)
 
-    def _measured(self, artifact: Artifact, quick: bool, runtime: Artifact | None = None) -> Measurement:
+    def _measured(
+        self, artifact: Artifact, quick: bool, runtime: Artifact | None = None, judgement: Judgement | None = None
+    ) -> Measurement:
         assert self.original is not None
         return measure(
             artifact,
@@ -312,10 +391,20 @@ class _Search:
             test=not quick,
             quick=quick,
             seed=self.settings.seed,
+            judgement=judgement,
         )
 
+    def _seconds_of(self, recipes: Sequence[Recipe], workers: int) -> float:
+        """How long trying them takes, by what each stage took at most before: side by side, but for the timing."""
+        timing, judging = self._longest("measure"), self._longest("judge")
+        making = max(seconds_of(recipe, self.trials) for recipe in recipes) - timing + judging
+        return making * math.ceil(len(recipes) / workers) + timing * len(recipes)
+
     def _seconds_of_final(self) -> float:
-        return 2 * max((trial.seconds.get("measure", 0.0) for trial in self.trials), default=0.0)
+        return 2 * (self._longest("judge") + self._longest("measure"))
+
+    def _longest(self, stage: str) -> float:
+        return max((trial.seconds.get(stage, 0.0) for trial in self.trials), default=0.0)
 
     def _told(self, trial: Trial) -> str:
         passes_, target = in_words(trial.recipe), trial.recipe.target
@@ -344,13 +433,13 @@ class _Search:
         """The candidate, measured fully; one that no longer keeps to the budget makes way for the next."""
         while (chosen := self.candidate()) is not None:
             self.watch("final measurement")
-            artifact = self._built(chosen.recipe, Stopwatch(self.progress))
+            artifact = self._built(chosen.recipe)
             try:
-                found = self._measured(artifact, quick=False, runtime=self._best_runtime())
+                fully = self._measured(artifact, quick=False, runtime=self._best_runtime())
             except FeatherweightError as error:
                 return self._with_doubt(chosen, f"It could not be measured fully, nor on the test data: {error}")
             self.watch("")
-            certain = self._with_test_doubt(dataclasses.replace(chosen, measurement=found))
+            certain = self._with_test_doubt(dataclasses.replace(chosen, measurement=fully))
             self.trials[self.trials.index(chosen)] = certain
             if certain.accepted(self.budget) or not chosen.accepted(self.budget):
                 return certain
@@ -373,13 +462,14 @@ class _Search:
 
     def _best_runtime(self) -> Artifact | None:
         """The fastest artifact that is not compressed."""
-        plain = [
-            t for t in self.trials if t.measurement and all(step.name() == "fold_batchnorm" for step in t.recipe.steps)
-        ]
+        plain = [trial for trial in self._plain() if trial.measurement]
         if not plain:
             return None
         fastest = min(plain, key=lambda t: t.measurement.latency_ms if t.measurement else math.inf)
-        return self._built(fastest.recipe, Stopwatch(self.progress))
+        return self._built(fastest.recipe)
+
+    def _plain(self) -> list[Trial]:
+        return [t for t in self.trials if all(step.name() == "fold_batchnorm" for step in t.recipe.steps)]
 
     def show(self) -> None:
         """Writes what is known so far, so that a user can watch, and stop."""
@@ -401,8 +491,9 @@ class _Search:
         found_before = path.exists() and read_json(path).get("verdict") != UNFINISHED
         if best is not None or (self.original is not None and not found_before):
             write_text_atomic(path, result.to_json())
+        self._sweep()
         for leftover in (self.folder / TRIALS).glob("*"):
-            needed = interrupted and leftover.suffix == CHECKPOINTS
+            needed = interrupted and not leftover.with_suffix(".json").exists()  # checkpoints, and what is not timed
             if leftover.is_dir() and re.fullmatch(DIGEST, leftover.stem) and not needed:
                 shutil.rmtree(leftover, ignore_errors=True)
         return result
@@ -445,16 +536,6 @@ class _Search:
 def _versions_now(target: str) -> dict[str, str]:
     """As `versions_of` says; without those of the target's runtime where it is no longer installed."""
     return versions_of(target if target in targets.installed() else "eager")
-
-
-def _changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """What differs between two sets of versions, in words.
-
-    >>> _changes({"torch": "2.12.0", "numpy": "2.3"}, {"torch": "2.13.0", "numpy": "2.3", "onnx": "1.19"})
-    ['torch 2.12.0, now 2.13.0', 'onnx unknown, now 1.19']
-    """
-    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    return [f"{name} {before.get(name, 'unknown')}, now {now.get(name, 'not there')}" for name in names]
 
 
 @contextlib.contextmanager

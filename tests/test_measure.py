@@ -340,9 +340,9 @@ def test_outputs_that_are_no_numbers_are_a_doubt_and_stay_json(stage: dict[str, 
 
 def test_outputs_kept_in_memory_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
     task = workload(calibration=[(X[:64],)] * 20)
-    assert len(measuring._outputs_on_calibration(task)) == measuring.FIDELITY_BATCHES
+    assert len(measuring.outputs_on_calibration(task)) == measuring.FIDELITY_BATCHES
     monkeypatch.setattr(measuring, "FIDELITY_VALUES", 64 * 4 * 2)
-    assert len(measuring._outputs_on_calibration(task)) == 2
+    assert len(measuring.outputs_on_calibration(task)) == 2
 
 
 def test_scores_of_another_length_cannot_be_compared(stage: dict[str, Any]) -> None:

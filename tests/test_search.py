@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from featherweight import search
+from featherweight import making, search
 from featherweight.artifact import open_artifact
 from featherweight.errors import (
     ArtifactError,
@@ -118,8 +118,10 @@ def test_from_a_workload_to_files_that_ship(finished):
     assert len(trials) == 6 and all(path.suffix == ".json" for path in trials)
     # where the time goes is said
     assert [line.partition(":")[0] for line in heard.lines][:2] == ["the original", f"fold_batchnorm on {TARGET}"]
-    assert re.search(r"accepted \[seconds: fold_batchnorm [\d.]+, export [\d.]+, measure [\d.]+\]", heard.lines[1])
-    assert {"baseline", "measure", "export", "distill_soft", "final measurement"} <= result.seconds.keys()
+    assert re.search(
+        r"accepted \[seconds: fold_batchnorm [\d.]+, export [\d.]+, judge [\d.]+, measure [\d.]+\]", heard.lines[1]
+    )
+    assert {"baseline", "judge", "measure", "export", "distill_soft", "final measurement"} <= result.seconds.keys()
 
 
 def test_while_it_goes_on_the_files_say_what_is_known(finished):
@@ -149,7 +151,7 @@ def test_going_on_repeats_nothing_and_an_infeasible_budget_gets_the_nearest_poin
     assert result.verdict == "infeasible" and result.binding == "max_bytes"
     found = [*result.frontier, *result.rejected]
     assert result.best and result.best.bytes == min(m["bytes"] if isinstance(m, dict) else m.bytes for m in found)
-    assert len(result.rejected) == 5 and all("above 1,000" in rejected["reason"] for rejected in result.rejected)
+    assert len(result.rejected) == 6 and all("above 1,000" in rejected["reason"] for rejected in result.rejected)
     assert open_artifact(out / "best").digest == result.best.digest
     said = result.explain()
     assert "Infeasible: no recipe keeps to max_bytes. The nearest is" in said and said.count("above 1,000") == 5
@@ -194,7 +196,7 @@ def test_a_time_limit_ends_with_what_there_is(begun):
 @pytest.mark.usefixtures("imagined")
 def test_a_trial_that_fails_is_recorded_and_the_search_goes_on(begun, monkeypatch):
     """Whether a pass refuses, or breaks."""
-    real = search.build
+    real = making.build
 
     def build(recipe, *args, **settings):
         if "distill_soft" in in_words(recipe):
@@ -203,10 +205,10 @@ def test_a_trial_that_fails_is_recorded_and_the_search_goes_on(begun, monkeypatc
             raise LayerError("cannot be done")
         return real(recipe, *args, **settings)
 
-    monkeypatch.setattr(search, "build", build)
+    monkeypatch.setattr(making, "build", build)
     result = _search(begun, Budget(0.02), resume=True)
     reasons = [rejected["reason"] for rejected in result.rejected if "quantize_static" in rejected["recipe"]]
-    assert reasons == ["cannot be done", "SystemError: a bug"]
+    assert reasons == ["cannot be done", "cannot be done", "SystemError: a bug"]
     assert result.verdict == "accepted" and result.best
     assert {"quantize_dynamic", "prune_channels"} <= {word for path in (begun / "trials").glob("*.json")
         for word in re.findall(r"\w+", json.loads(path.read_text())["recipe"])}  # fmt: skip
@@ -239,7 +241,7 @@ def test_a_trial_whose_process_was_killed_is_tried_again_when_resumed(begun, mon
 @pytest.mark.usefixtures("imagined")
 def test_what_was_made_with_other_versions_is_made_anew(begun, monkeypatch):
     """Trials, and the best one's artifact, which an older torch made; one trial tells of no versions at all."""
-    real, names = search.build, []
+    real, names = making.build, []
     best = _search(begun, resume=True).best
     stored = sorted((begun / "trials").glob("*.json"))
     for path, change in (
@@ -251,7 +253,7 @@ def test_what_was_made_with_other_versions_is_made_anew(begun, monkeypatch):
         change(found)
         path.write_text(json.dumps(found))
     before = {path: path.read_text() for path in stored}
-    monkeypatch.setattr(search, "build", lambda recipe, *a, **k: names.append(recipe.digest) or real(recipe, *a, **k))
+    monkeypatch.setattr(making, "build", lambda recipe, *a, **k: names.append(recipe.digest) or real(recipe, *a, **k))
     heard = Heard()
     again = _search(begun, resume=True, progress=heard)
     assert {path for path, text in before.items() if path.read_text() != text} == set(stored[:2])
@@ -276,14 +278,14 @@ def test_an_original_that_was_measured_with_other_versions_is_measured_anew(begu
 @pytest.mark.usefixtures("imagined")
 def test_an_interrupt_ends_with_the_best_so_far(begun, monkeypatch):
     """A signal comes while the third trial is built."""
-    real, count = search.build, iter(range(99))
+    real, count = making.build, iter(range(99))
 
     def build(*args, **settings):
         if next(count) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*args, **settings)
 
-    monkeypatch.setattr(search, "build", build)
+    monkeypatch.setattr(making, "build", build)
     result = _search(begun, resume=True)
     assert result.interrupted and result.verdict == "accepted"
     assert json.loads((begun / "result.json").read_text())["interrupted"]

@@ -54,6 +54,7 @@ LAYERS = (
         "damage_table",
         "facts",
         "feasibility",
+        "making",
         "progress",
         "result",
         "search",
