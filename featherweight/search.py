@@ -195,7 +195,7 @@ class _Search:
         self.progress, self.watch = progress, Stopwatch(progress)
         self.original: Baseline | None = None
         self.trials = self._stored_trials()
-        self.late = False
+        self.late = self.judged_early = False
 
     # ---- what lies on disk
 
@@ -259,7 +259,7 @@ class _Search:
             self.watch("damage")
             facts = dataclasses.replace(facts, stored=self._few_bits(facts))
         self.watch("")
-        first = True
+        self._say_what_is_out_of_reach()
         while not self.late and (recipes := next_recipes(facts, self.budget, self.trials)):
             for batch in [[recipe] for recipe in recipes] if pool.here else [recipes]:
                 self.progress.count(len(self.trials), expected(facts, len(self.trials)))
@@ -268,9 +268,7 @@ class _Search:
                     self.progress.line("the time limit leaves no room for another trial")
                     return
                 self._try(batch, pool)
-            if first:
-                self._say_what_is_out_of_reach()
-            first = False
+            self._say_what_is_out_of_reach()
         if not measurements(self.trials):
             raise ExportError(
                 f"The network can be put on none of {', '.join(names)}, even uncompressed. The first said: "
@@ -279,8 +277,10 @@ class _Search:
         self.progress.count(len(self.trials), len(self.trials))
 
     def _say_what_is_out_of_reach(self) -> None:
+        """Once, as soon as it is known what the network takes as it is."""
         plain = measurements(self._plain())
-        if self.original is not None and plain:
+        if self.original is not None and plain and not self.judged_early:
+            self.judged_early = True
             for said in out_of_reach(self.budget, self.original, plain):
                 self.progress.line(f"out of reach: {said}")
 

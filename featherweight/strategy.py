@@ -150,7 +150,7 @@ def shares_to_try(tried: Sequence[tuple[float, bool]]) -> list[float]:
 def _numbers(facts: Facts, budget: Budget, target: str, plain: Trial) -> Generator[Round, list[Trial], Numbers]:
     """The cheapest numbers whose loss the budget bears; none where it bears no loss."""
     tried: list[tuple[Trial, Numbers]] = [(plain, ()), *(yield from _few_bits(facts, budget, target))]
-    rungs = [] if any(trial.drop_fits(budget) for trial, _ in tried[1:]) else _rungs(facts)
+    rungs = [] if any(trial.drop_fits(budget) for trial, _ in tried[1:]) else rungs_of(facts)
     for numbers in rungs:
         (trial,) = yield [Recipe(facts.steps(*numbers), target)]
         tried.append((trial, numbers))
@@ -179,7 +179,7 @@ def _few_bits(facts: Facts, budget: Budget, target: str) -> Generator[Round, lis
     return [*tried, (trial, taught)]
 
 
-def _rungs(facts: Facts) -> Iterator[Numbers]:
+def rungs_of(facts: Facts) -> Iterator[Numbers]:
     """Ways to turn the whole network to numbers, most promising first."""
     yield (_step("quantize_static"),)
     yield (_step("quantize_static", range="minmax"),)  # where few large values matter, as in networks of speech

@@ -117,6 +117,7 @@ def test_from_a_workload_to_files_that_ship(finished):
     trials = list((out / "trials").iterdir())
     assert len(trials) == 6 and all(path.suffix == ".json" for path in trials)
     # where the time goes is said
+    assert re.fullmatch(r"compressing is expected to take [\d.]+ GB of memory", heard.lines.pop(1))
     assert [line.partition(":")[0] for line in heard.lines][:2] == ["the original", f"fold_batchnorm on {TARGET}"]
     assert re.search(
         r"accepted \[seconds: fold_batchnorm [\d.]+, export [\d.]+, judge [\d.]+, measure [\d.]+\]", heard.lines[1]
@@ -146,7 +147,10 @@ def test_it_explains_itself(finished):
 def test_going_on_repeats_nothing_and_an_infeasible_budget_gets_the_nearest_point(finished):
     out = finished[0].folder
     before = {path: path.stat().st_mtime_ns for path in (out / "trials").iterdir()}
-    result = _search(out, Budget(0.05, max_bytes=1000, objective="bytes"), resume=True)  # no matter of time
+    heard = Heard()
+    budget = Budget(0.05, max_bytes=1000, objective="bytes")
+    result = _search(out, budget, resume=True, progress=heard)  # no matter of time
+    assert [line for line in heard.lines if "out of reach: max_bytes=1000: " in line]
     assert {path: path.stat().st_mtime_ns for path in (out / "trials").iterdir()} == before
     assert result.verdict == "infeasible" and result.binding == "max_bytes"
     found = [*result.frontier, *result.rejected]
@@ -154,7 +158,7 @@ def test_going_on_repeats_nothing_and_an_infeasible_budget_gets_the_nearest_poin
     assert len(result.rejected) == 6 and all("above 1,000" in rejected["reason"] for rejected in result.rejected)
     assert open_artifact(out / "best").digest == result.best.digest
     said = result.explain()
-    assert "Infeasible: no recipe keeps to max_bytes. The nearest is" in said and said.count("above 1,000") == 5
+    assert "Infeasible: no recipe keeps to max_bytes. The nearest is" in said and said.count("above 1,000") == 6
 
 
 def test_going_on_with_another_network_is_refused(finished):
