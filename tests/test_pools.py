@@ -6,7 +6,6 @@ import contextlib
 import functools
 import multiprocessing
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -33,8 +33,9 @@ from featherweight.pools import check_pool, open_pool
 from featherweight.recipe import Recipe
 from featherweight.trials import Budget, read_trials
 from featherweight.workload import load
+from tests.errands import about_me, die, full, hang
+from tests.made_up import measurement
 from tests.test_facts import workload_of
-from tests.test_search import QUICK
 
 TARGET = "onnxruntime"
 MORTAL = Path(__file__).parent / "mortal.py"
@@ -111,29 +112,6 @@ def test_an_address_where_nobody_listens_is_told_at_once():
 # ------------------------------------------------------------------------------------------------ executors
 
 
-def _about_me(number: int) -> tuple[int, int, tuple[int, ...]]:
-    time.sleep(0.2)
-    return number, os.getpid(), tuple(sorted(os.sched_getaffinity(0)))
-
-
-def _die(flag: Path | None) -> str:
-    """Once where the file is new, else always."""
-    if flag is None or not flag.exists():
-        if flag is not None:
-            flag.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return "alive"
-
-
-def _full() -> None:
-    raise OSError(28, "No space left", "/there")
-
-
-def _hang(flag: Path) -> None:
-    flag.write_text(str(os.getpid()))
-    time.sleep(100)
-
-
 def _gone(number: int) -> bool:
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
@@ -146,17 +124,17 @@ def _gone(number: int) -> bool:
 
 def _holds_for_every_pool_of_processes(pool: pools.Pool, folder: Path) -> list[tuple[int, int, tuple[int, ...]]]:
     assert pool.workers == 2 and pool.threads == 1 and not pool.here
-    told = [future.result() for future in [pool.submit(_about_me, number) for number in range(4)]]
+    told = [future.result() for future in [pool.submit(about_me, number) for number in range(4)]]
     assert [number for number, _, _ in told] == [0, 1, 2, 3]
     assert len({process for _, process, _ in told}) == 2 and os.getpid() not in {process for _, process, _ in told}
     with pytest.raises(OSError, match="No space left") as refused:
-        pool.submit(_full).result()
+        pool.submit(full).result()
     assert type(refused.value) is OSError and refused.value.filename == "/there"
-    beside = pool.submit(_about_me, 5)
-    assert pool.submit(_die, folder / "once").result() == "alive" and beside.result()[0] == 5
+    beside = pool.submit(about_me, 5)
+    assert pool.submit(die, folder / "once").result() == "alive" and beside.result()[0] == 5
     with pytest.raises(ProcessError, match=r"lost 3 times over.*--pool"):
-        pool.submit(_die, None).result()
-    assert pool.submit(_about_me, 6).result()[0] == 6
+        pool.submit(die, None).result()
+    assert pool.submit(about_me, 6).result()[0] == 6
     return told
 
 
@@ -165,7 +143,7 @@ def test_serial_does_at_once_what_it_is_given():
         assert pool.here and pool.workers == 1
         assert pool.submit(os.getpid).result() == os.getpid()
         with pytest.raises(OSError, match="No space"):
-            pool.submit(_full).result()
+            pool.submit(full).result()
 
 
 def test_processes_have_cores_of_their_own_and_a_lost_one_loses_nothing(two_cores, tmp_path):
@@ -186,7 +164,7 @@ def test_threads_are_as_many_as_cores_or_as_the_user_says(two_cores, monkeypatch
 
 def test_after_an_interrupt_no_process_is_left(two_cores, tmp_path):
     with contextlib.suppress(KeyboardInterrupt), open_pool("processes:2") as pool:
-        futures = [pool.submit(_hang, tmp_path / f"pid{index}") for index in range(3)]
+        futures = [pool.submit(hang, tmp_path / f"pid{index}") for index in range(3)]
         while not all((tmp_path / f"pid{index}").exists() for index in range(2)):
             time.sleep(0.02)
         begin = time.monotonic()
@@ -232,7 +210,7 @@ def test_a_ray_of_its_own_is_gone_afterwards(two_cores, monkeypatch, capfd, tmp_
     with contextlib.suppress(KeyboardInterrupt), open_pool("ray") as pool:
         assert not pool.far and signal.getsignal(signal.SIGTERM) == before
         _holds_for_every_pool_of_processes(pool, tmp_path)
-        pool.submit(_hang, tmp_path / "pid")
+        pool.submit(hang, tmp_path / "pid")
         while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text()):
             time.sleep(0.02)
         raise KeyboardInterrupt
@@ -245,7 +223,7 @@ def test_a_ray_that_was_there_stays(cluster):
 
     with open_pool("ray") as pool:
         assert pool.far and pool.workers == 2
-        assert pool.submit(_about_me, 1).result()[0] == 1
+        assert pool.submit(about_me, 1).result()[0] == 1
     assert ray.is_initialized()
 
 
@@ -273,18 +251,33 @@ def _next_recipes(facts, budget, trials) -> list[Recipe]:
     return next((batch for batch in fresh if batch), [])
 
 
+def _no_table(*_) -> None:
+    raise LayerError("not wanted")
+
+
+def _baseline(workload, **_) -> measure.Baseline:
+    outputs = measure.outputs_on_calibration(workload)
+    return measure.Baseline(measurement=measurement(), scores=[0.9], test_scores=None, outputs=outputs)
+
+
+def _measured(artifact, workload, baseline, *, judgement=None, **_) -> measure.Measurement:
+    found = judgement or measure.judge(artifact, workload, baseline.outputs)
+    told = {
+        "score": float(np.mean(found.scores)),
+        "fidelity": found.fidelity,
+        "coverage": artifact.manifest["coverage"],
+    }
+    return measurement(Recipe.from_yaml(artifact.recipe), bytes=artifact.bytes, **told)
+
+
 @pytest.fixture(scope="module")
-def _quick(flag):
-    """Given recipes, no table of damages, and short timings."""
-
-    def no_table(*_):
-        raise LayerError("not wanted")
-
+def _untimed(flag):
+    """Given recipes, no table of damages, and nothing that is timed."""
     with pytest.MonkeyPatch.context() as patch:
-        for module, name, value in QUICK:
-            patch.setattr(f"{module}.{name}", value)
         patch.setattr(search, "next_recipes", _next_recipes)
-        patch.setattr(search, "damage_table", no_table)
+        patch.setattr(search, "damage_table", _no_table)
+        patch.setattr(search, "baseline", _baseline)
+        patch.setattr(search, "measure", _measured)
         yield
 
 
@@ -295,15 +288,8 @@ def _search(folder: Path, pool: str, **settings) -> search.Result:
 
 
 @pytest.fixture(scope="module")
-def serial(_quick, tmp_path_factory) -> search.Result:
+def serial(_untimed, tmp_path_factory) -> search.Result:
     return _search(tmp_path_factory.mktemp("serial") / "out", "serial")
-
-
-@pytest.fixture
-def begun(serial, tmp_path) -> Path:
-    """A folder in which the original is measured, and nothing else."""
-    shutil.copy(serial.folder / "baseline.json", tmp_path)
-    return tmp_path
 
 
 def _outcome(result: search.Result) -> dict:
@@ -318,15 +304,15 @@ def _outcome(result: search.Result) -> dict:
         "order": list(told),
         "trials": told,
         "files": best,
-        "best": result.best and (result.best.digest, result.best.score, result.best.test_score),
+        "best": result.best and result.best.digest,
         "verdict": result.verdict,
         "left": sorted(path.name for path in (result.folder / "trials").iterdir()),
     }
 
 
-def _same_after_a_kill(begun: Path, serial: search.Result, flag: Path, pool: str) -> search.Result:
+def _same_after_a_kill(folder: Path, serial: search.Result, flag: Path, pool: str) -> search.Result:
     flag.touch()
-    result = _search(begun, pool, resume=True)
+    result = _search(folder, pool)
     assert not flag.exists()  # somebody died
     assert _outcome(result) == _outcome(serial)
     return result
@@ -339,15 +325,15 @@ def test_serial_tries_all(serial):
     assert serial.verdict == "accepted" and search.POOL not in serial.seconds
 
 
-def test_processes_try_the_same_though_one_is_killed(begun, serial, flag, two_cores):
-    result = _same_after_a_kill(begun, serial, flag, "processes:2")
+def test_processes_try_the_same_though_one_is_killed(tmp_path, serial, flag, two_cores):
+    result = _same_after_a_kill(tmp_path, serial, flag, "processes:2")
     assert result.seconds[search.POOL] > 0 and result.seconds["measure"] > 0
     assert "judge" not in result.seconds and "distill_soft" not in result.seconds  # side by side they add up to nothing
 
 
-def test_ray_tries_the_same_though_a_worker_is_killed(cluster, begun, serial, flag):
+def test_ray_tries_the_same_though_a_worker_is_killed(cluster, tmp_path, serial, flag):
     """Its workers see no file of the search: artifacts travel."""
-    _same_after_a_kill(begun, serial, flag, "ray")
+    _same_after_a_kill(tmp_path, serial, flag, "ray")
 
 
 # ------------------------------------------------------------------------------------------------ what is refused
