@@ -382,10 +382,9 @@ def _join(address: str) -> None:
     try:
         ray.init(address=address or "local", **quiet, **({} if address else own))
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        what = f"joined at {address}" if address else "started"
+        what, why = f"joined at {address}" if address else "started", " ".join(str(error).split())[:300].rstrip(".")
         raise ProcessError(
-            f"A Ray cluster cannot be {what}: {' '.join(str(error).split())[:300]}. Look at it with `ray status`, "
-            "or use processes:N."
+            f"A Ray cluster cannot be {what}: {why}. Look at it with `ray status`, or use processes:N."
         ) from error
 
 

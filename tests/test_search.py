@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -9,13 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from featherweight import making, search
+from featherweight import making, passes, search
 from featherweight.artifact import open_artifact
 from featherweight.errors import (
     ArtifactError,
@@ -27,10 +29,11 @@ from featherweight.errors import (
     WorkloadError,
 )
 from featherweight.measure import Measurement
+from featherweight.pools import Pool
 from featherweight.progress import Progress
 from featherweight.recipe import Recipe
 from featherweight.strategy import Facts
-from featherweight.trials import Budget, claimed, in_words, read_trials
+from featherweight.trials import Budget, Settings, Trial, claimed, in_words, read_trials
 from featherweight.workload import Workload, load
 from tests.made_up import measurement
 from tests.test_facts import workload_of
@@ -299,6 +302,60 @@ def test_an_interrupt_ends_with_the_best_so_far(begun, monkeypatch):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+class AtOnce(Pool):
+    """Does at once what it is given, as if it were another process; is interrupted at the call with that number."""
+
+    def __init__(self, fatal: int) -> None:
+        super().__init__(workers=2)
+        self.numbers, self.fatal = itertools.count(1), fatal
+
+    def submit(self, fn, /, *args, **kwargs):
+        if next(self.numbers) == self.fatal:
+            raise KeyboardInterrupt
+        done: Future = Future()
+        done.set_result(fn(*args, **kwargs))
+        return done
+
+
+@quick
+@pytest.mark.usefixtures("imagined")
+def test_what_is_made_side_by_side_is_timed_when_all_of_it_is_made(begun, monkeypatch):
+    """In the order of the recipes; and what was made before an interrupt is there for the next run."""
+    steps = ("fold_batchnorm",), ("fold_batchnorm", "quantize_weights"), ("fold_batchnorm", "quantize_static")
+    recipes = [Recipe(tuple(passes.build(name, {}, "test") for name in names), TARGET) for names in steps]
+    told: list[str] = []
+
+    def next_recipes(facts, budget, trials):
+        known = {trial.recipe.digest for trial in trials}
+        return [recipe for recipe in (recipes[1:] if known else recipes[:1]) if recipe.digest not in known]
+
+    def noting(owner, name):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *given, **named: told.append(name) or real(*given, **named))
+
+    noting(making, "build")
+    noting(search, "measure")
+    monkeypatch.setattr(search, "next_recipes", next_recipes)
+    monkeypatch.setattr(search, "open_pool", lambda name: AtOnce(fatal=3))
+    assert _search(begun, SMALL, pool="processes:1", resume=True).interrupted
+    assert told == ["build", "measure", "build"]
+    told.clear()
+    monkeypatch.setattr(search, "open_pool", lambda name: AtOnce(fatal=0))
+    result = _search(begun, SMALL, pool="processes:1", resume=True)
+    assert told == ["build", "measure", "measure", "measure"]  # the last for the final measurement
+    assert [trial.recipe.digest for _, trial in read_trials(begun)] == [recipe.digest for recipe in recipes]
+    assert result.verdict == "accepted" and all(path.suffix == ".json" for path in (begun / "trials").iterdir())
+
+
+def test_a_batch_takes_as_long_as_what_is_made_side_by_side_and_timed_one_by_one(tmp_path):
+    looking = search._Search(workload_of(nn.Linear(8, 2)), SMALL, tmp_path, Settings(0, 1, 1, ""), Progress())
+    seconds = {"fold_batchnorm": 1.0, "export": 2.0, "judge": 4.0, "measure": 8.0}
+    recipe = Recipe((passes.build("fold_batchnorm", {}, "test"),), TARGET)
+    looking.trials = [Trial(recipe, None, "", seconds)]
+    assert [looking._seconds_of([recipe] * n, workers=2) for n in (1, 2, 3)] == [7 + 8, 7 + 16, 14 + 24]
+    assert looking._seconds_of_final() == 24
+
+
 @quick
 def test_an_interrupt_before_the_original_is_measured_leaves_the_folder_free(tmp_path, monkeypatch):
     def baseline(*_, **__):
@@ -383,6 +440,7 @@ def test_what_ends_before_the_original_is_measured_leaves_the_folder_empty(tmp_p
         ({"threads": 0}, BudgetError, "threads=0"),
         ({"batch": -1}, BudgetError, "batch=-1"),
         ({"time_limit": math.nan}, BudgetError, "time_limit=nan"),
+        ({"pool": "swimming"}, BudgetError, "no pool 'swimming'"),
     ],
 )
 def test_what_makes_no_sense_is_refused_before_anything_is_spent(tmp_path, settings, kind, message):
