@@ -90,7 +90,9 @@ def parser() -> argparse.ArgumentParser:
     add.set_defaults(command=compress)
     add.add_argument("workload", metavar="WORKLOAD", help=workload)
     add.add_argument("--max-drop", required=True, metavar="D", help="of the score: 0.01, or 2%% of the original's")
-    add.add_argument("--objective", default="latency", metavar="latency|bytes", help="what is made small (latency)")
+    add.add_argument(
+        "--objective", default="latency", metavar="latency|bytes|throughput", help="what it is for (latency)"
+    )
     add.add_argument("--max-bytes", type=_whole, metavar="N", help="bound on the size of the artifact's files")
     add.add_argument(
         "--max-ram", type=_whole, metavar="N", help="bound on the bytes that a process holds which runs it"
@@ -104,7 +106,7 @@ def parser() -> argparse.ArgumentParser:
         help="where networks are built and judged, side by side if it has several processes (serial)",
     )
     add.add_argument("--time-limit", type=duration, default="15m", metavar="T", help="90s, 15m or 2h (15m)")
-    _timing(add)
+    _timing(add, "1; for throughput as many as suit the network", None)
     add.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new or empty folder")
     add.add_argument("--resume", action="store_true", help="go on with the search that DIR holds")
 
@@ -140,9 +142,9 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _timing(add: argparse.ArgumentParser) -> None:
+def _timing(add: argparse.ArgumentParser, usual: str = "1", batch: int | None = 1) -> None:
     add.add_argument("--threads", type=_whole, metavar="N", help="of a network that is timed (the processor's cores)")
-    add.add_argument("--batch", type=_whole, default=1, metavar="N", help="of the inputs that are timed (1)")
+    add.add_argument("--batch", type=_whole, default=batch, metavar="N", help=f"of the inputs that are timed ({usual})")
     add.add_argument("--seed", type=_seed, default=0, metavar="N", help="of all chance (0)")
 
 

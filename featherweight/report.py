@@ -19,6 +19,7 @@ from featherweight.allocation import Option
 from featherweight.artifact import write_text_atomic
 from featherweight.damage_table import stored_table
 from featherweight.errors import ArtifactError, FeatherweightError
+from featherweight.knobs import Knob
 from featherweight.measure import Measurement
 from featherweight.trials import BASELINE, DAMAGES, RESULT, Budget, Trial, frontier, in_words, read_json, read_trials
 
@@ -50,6 +51,7 @@ class Findings:
     rows: list[Row]
     seconds: dict[str, float]
     damages: Sequence[Option]
+    knobs: Sequence[Knob]
 
     @property
     def objective(self) -> str:
@@ -108,7 +110,15 @@ def read(folder: Path) -> Findings:
         rows=rows,
         seconds=result.get("seconds", {}),
         damages=stored_table(folder / DAMAGES),
+        knobs=_stored_knobs(folder, result),
     )
+
+
+def _stored_knobs(folder: Path, result: dict[str, Any]) -> list[Knob]:
+    try:
+        return [Knob(int(k["threads"]), int(k["batch"]), float(k["latency_ms"])) for k in result.get("knobs", [])]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{folder / RESULT} was written by hand: {error}. Run the search anew.") from error
 
 
 def _stored_budget(folder: Path, result: dict[str, Any]) -> Budget:
@@ -376,7 +386,8 @@ def _budget(findings: Findings) -> Iterator[Block]:
         bounds.append(f"Memory: at most {size(budget.max_ram)}")
     if budget.max_latency_ms is not None:
         bounds.append(f"Latency: at most {number(budget.max_latency_ms)} ms")
-    yield Bullets([*bounds, f"Made as small as that allows: {budget.objective}"])
+    extreme = "large" if budget.objective == "throughput" else "small"
+    yield Bullets([*bounds, f"Made as {extreme} as that allows: {budget.objective}"])
 
 
 def trust(findings: Findings) -> str:
@@ -424,6 +435,18 @@ def _notes(findings: Findings) -> Iterator[Block]:
     yield Bullets(shown.doubts) if shown.doubts else Text("None was found.")
     if findings.best:
         yield from _about_best(findings.best)
+    if findings.knobs:
+        yield Heading("How it runs best")
+        rows = [
+            [str(k.threads), str(k.batch), f"{number(k.latency_ms)} ms", number(k.examples_per_s)]
+            for k in findings.knobs
+        ]
+        yield Table(
+            "The best artifact by threads and inputs per run",
+            ["threads", "inputs per run", "latency", "inputs per second"],
+            rows,
+            frozenset(range(4)),
+        )
     if findings.damages:
         yield Heading("What each layer bears")
         yield _damages(findings.damages, findings.best)
@@ -478,7 +501,7 @@ def _plain(name: str, value: Any) -> str:
 
 
 def _caption(findings: Findings) -> str:
-    cost = "latency" if findings.objective == "latency" else "size"
+    cost = "size" if findings.objective == "bytes" else "latency"
     return (
         f"Each mark is a trial: how much of the score it loses (to the right) and its {cost} (upwards, logarithmic); "
         "lower left is better. Whiskers end at bounds of 95 % each. The line joins the trials that no other beats in "
@@ -702,7 +725,7 @@ def plot(findings: Findings) -> Markup:
         *_labels(marks, x, y),
         *_legend(sorted({mark.status for mark in marks}, key=[*MARKS, "original"].index)),
     ]
-    title = f"{'Latency' if findings.objective == 'latency' else 'Size'} over drop of the score, one mark per trial"
+    title = f"{'Size' if findings.objective == 'bytes' else 'Latency'} over drop of the score, one mark per trial"
     told = "; ".join(_told(mark, findings.objective) for mark in marks)
     names = {"role": "img", "aria_labelledby": "plot-title plot-desc"}
     return element(
@@ -760,7 +783,7 @@ def _axes(x: Scale, y: Scale, objective: str) -> Iterator[Markup]:
         yield _line(LEFT, y(value), WIDTH - RIGHT, y(value), "grid")
         yield _text(LEFT - 8, y(value) + 4, f"{value:,g}", "soft", "end")
     yield _text(middle, HEIGHT - 14, "drop of the score", "", "middle")
-    name = "latency in ms" if objective == "latency" else "size in MB"
+    name = "size in MB" if objective == "bytes" else "latency in ms"
     yield element("text", name, transform=f"translate(18 {(TOP + floor) / 2}) rotate(-90)", text_anchor="middle")
 
 
@@ -777,7 +800,7 @@ def _limit(x: Scale, limit: float | None) -> Iterator[Markup]:
 
 def _frontier(findings: Findings, x: Scale, y: Scale) -> Markup:
     budget = findings.budget or Budget(0.0)
-    unit = 1.0 if findings.objective == "latency" else 1e6
+    unit = 1e6 if findings.objective == "bytes" else 1.0
     places = [(x(m.drop), y(budget.cost(m) / unit)) for m in frontier(findings.measured, budget)]
     steps = [f"M{places[0][0]} {places[0][1]}"] + [f"L{px} {py}" for px, py in places[1:]]
     return element("path", d="".join(steps), class_="frontier")
@@ -821,7 +844,7 @@ def _legend(statuses: Sequence[str]) -> Iterator[Markup]:
 
 
 def _told(mark: Mark, objective: str) -> str:
-    unit = "ms" if objective == "latency" else "MB"
+    unit = "MB" if objective == "bytes" else "ms"
     return f"{mark.label}: {mark.status}, drop {points(mark.drop[1])}, {number(mark.cost[1])} {unit}"
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from featherweight.knobs import Knob
 from featherweight.measure import Measurement
 from featherweight.recipe import Recipe
 from featherweight.trials import Budget, in_words
@@ -28,6 +29,7 @@ class Result:
         frontier: the trials that none beats both in cost and in drop.
         rejected: the others' digests, recipes and reasons, with what was measured of them.
         seconds: where the time went, by stage.
+        knobs: the best by threads and inputs per run, those of the search first; empty where there was no time for it.
     """
 
     verdict: str
@@ -41,6 +43,7 @@ class Result:
     late: bool
     seconds: dict[str, float]
     folder: Path
+    knobs: list[Knob] = field(default_factory=list)
 
     def to_json(self) -> str:
         """As `result.json` holds it."""
@@ -72,8 +75,9 @@ class Result:
             return f"Infeasible: no recipe keeps to {self.binding}. The nearest is {words}."
         closest = max(self._beyond(), key=self.budget.cost, default=None)
         bound = "" if closest is None else f" What is next did not: {self.budget.objection(closest)}."
+        extreme = "largest" if self.budget.objective == "throughput" else "smallest"
         said = (
-            f"{self.verdict.capitalize()}: {words}, has the smallest {self.budget.objective} that keeps to the budget."
+            f"{self.verdict.capitalize()}: {words}, has the {extreme} {self.budget.objective} that keeps to the budget."
         )
         return said + bound
 

@@ -21,6 +21,7 @@ import re
 import secrets
 import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,9 +29,9 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from featherweight import targets
+from featherweight import knobs, targets
 from featherweight.allocation import predicted_frontier
-from featherweight.artifact import Artifact, replace_artifact, versions_of, write_artifact, write_text_atomic
+from featherweight.artifact import Artifact, build, replace_artifact, versions_of, write_artifact, write_text_atomic
 from featherweight.damage_table import damage_table, steps_of
 from featherweight.errors import (
     BudgetError,
@@ -88,7 +89,7 @@ def compress(
     *,
     targets: Sequence[str] = ("auto",),
     threads: int | None = None,
-    batch: int = 1,
+    batch: int | None = None,
     time_limit: float | None = None,
     seed: int = 0,
     resume: bool = False,
@@ -105,7 +106,7 @@ def compress(
         folder: new or empty, or that of a search which is to go on.
         targets: their names, or ("auto",) for all that are installed.
         threads: of the networks when they are timed; None for the processor's cores.
-        batch: of the inputs when they are timed.
+        batch: of the inputs when they are timed; None for one, or for throughput as many as suit the network as it is.
         time_limit: seconds after which nothing new is begun; None for none.
         seed: of all chance.
         resume: whether trials that lie in `folder` are taken over.
@@ -133,9 +134,26 @@ def compress(
     _check_pool_can_load(workload, pool)
     with claimed(Path(folder), resume):
         check_workload(workload)
-        settings = Settings(seed, physical_cores() if threads is None else threads, batch, fingerprint(workload))
+        threads = physical_cores() if threads is None else threads
+        batch = batch or _batch(workload, budget, Path(folder), names, threads)
+        settings = Settings(seed, threads, batch, fingerprint(workload))
         search = _Search(workload, budget, Path(folder), settings, progress or Progress())
         return _brought_to_an_end(search, names, pool, math.inf if time_limit is None else begin + time_limit)
+
+
+def _batch(workload: Workload, budget: Budget, folder: Path, names: Sequence[str], threads: int) -> int:
+    """As many inputs at once as the search goes by where it is not told; as many as before where it is resumed."""
+    if budget.objective != "throughput":
+        return 1
+    if (folder / BASELINE).exists():
+        return int(read_json(folder / BASELINE).get("batch", 1))
+    with tempfile.TemporaryDirectory(prefix="featherweight-") as place:
+        for name in names:
+            with contextlib.suppress(ExportError):
+                plain = build(Recipe((), name), workload, Path(place) / name)
+                ways = list(knobs.settings("throughput", threads, 1))
+                return knobs.best(knobs.timed(plain, workload, ways), "throughput").batch
+    return 1
 
 
 def _check_pool_can_load(workload: Workload, pool: str) -> None:
@@ -196,6 +214,7 @@ class _Search:
         self.original: Baseline | None = None
         self.trials = self._stored_trials()
         self.late = self.judged_early = False
+        self.knobs: list[knobs.Knob] = []
 
     # ---- what lies on disk
 
@@ -442,8 +461,23 @@ class _Search:
             certain = self._with_test_doubt(dataclasses.replace(chosen, measurement=fully))
             self.trials[self.trials.index(chosen)] = certain
             if certain.accepted(self.budget) or not chosen.accepted(self.budget):
+                self._turn_knobs(artifact)
                 return certain
         return None
+
+    def _turn_knobs(self, artifact: Artifact) -> None:
+        """How the best runs with other threads or other batches: what it was chosen by need not be best for it."""
+        self.watch("knobs")
+        ways = knobs.settings(self.budget.objective, self.settings.threads, self.settings.batch)
+        with contextlib.suppress(FeatherweightError):  # a batch may take more memory than there is
+            self.knobs = knobs.timed(artifact, self.workload, list(ways))
+        self.watch("")
+        if self.knobs:
+            best = knobs.best(self.knobs, self.budget.objective)
+            self.progress.line(
+                f"it runs best on {best.threads} threads with batches of {best.batch}: {best.latency_ms:.3g} ms, "
+                f"{best.examples_per_s:.3g} inputs a second"
+            )
 
     def _with_test_doubt(self, trial: Trial) -> Trial:
         """With a remark where the test data leave it open whether the drop is within the budget."""
@@ -511,6 +545,7 @@ class _Search:
             late=self.late,
             seconds=self.watch.seconds,
             folder=self.folder,
+            knobs=self.knobs,
         )
 
     def _rejection(self, trial: Trial) -> dict[str, Any]:

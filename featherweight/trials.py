@@ -33,7 +33,7 @@ BASELINE, DAMAGES, TRIALS, BEST, RESULT, RECIPE = (
     "result.json",
     "recipe.yaml",
 )  # in the folder
-OBJECTIVES = {"latency": "latency_ms", "bytes": "bytes"}  # what is made small, and the field that says how small it is
+OBJECTIVES = ("latency", "bytes", "throughput")  # what a search is for
 BOUNDS = {"max_bytes": "bytes", "max_latency_ms": "latency_ms", "max_ram": "peak_rss_bytes"}  # and what they bound
 DIGEST = "[0-9a-f]{16}"  # what the folder of a trial is called
 
@@ -51,7 +51,7 @@ class Budget:
         max_latency_ms: of one run; None for no bound.
         max_ram: bytes that a process holds at most while it loads and runs the artifact, interpreter and libraries
             included; None for no bound.
-        objective: "latency" or "bytes".
+        objective: "latency" of one run, "bytes" of the files, or "throughput", the inputs that are done in a second.
 
     >>> Budget("2%").allowed(0.5)
     0.01
@@ -90,8 +90,10 @@ class Budget:
         return float(self.max_drop)
 
     def cost(self, found: Measurement) -> float:
-        """What is made small."""
-        return float(getattr(found, OBJECTIVES[self.objective]))
+        """What is made small: bytes, the milliseconds of a run, or those that go to one input of it."""
+        if self.objective == "bytes":
+            return float(found.bytes)
+        return found.latency_ms / found.batch if self.objective == "throughput" else found.latency_ms
 
     def excess(self, found: Measurement) -> dict[str, float]:
         """By how much each bound is exceeded, as a share of it; zero or less where it holds."""

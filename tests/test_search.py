@@ -52,6 +52,9 @@ QUICK = [
     ("featherweight.strategy", "TEACHINGS", ("distill_soft",)),
     ("featherweight.strategy", "STORED_TRIALS", 1),
     ("featherweight.strategy", "FINALISTS", 0),
+    ("featherweight.knobs", "BATCHES", (1, 4)),
+    ("featherweight.knobs", "ROUNDS", 3),
+    ("featherweight.knobs", "ROUND_SECONDS", 0.01),
     ("featherweight.facts", "FEWEST_STEPS", 4),
     ("featherweight.facts", "MOST_STEPS", 4),
     ("featherweight.measure", "ROUNDS", 3),
@@ -126,6 +129,25 @@ def test_from_a_workload_to_files_that_ship(finished):
         r"accepted \[seconds: fold_batchnorm [\d.]+, export [\d.]+, judge [\d.]+, measure [\d.]+\]", heard.lines[1]
     )
     assert {"baseline", "judge", "measure", "export", "distill_soft", "final measurement"} <= result.seconds.keys()
+
+
+def test_the_best_is_timed_with_other_knobs(finished):
+    result, heard = finished
+    assert [(knob.threads, knob.batch) for knob in result.knobs] == [
+        (1, 1)
+    ]  # one thread was asked for: no other is less
+    assert any(line.startswith("it runs best on 1 threads with batches of 1: ") for line in heard.lines)
+    stored = json.loads((result.folder / "result.json").read_text())["knobs"]
+    assert stored == [{"threads": 1, "batch": 1, "latency_ms": result.knobs[0].latency_ms}]
+
+
+@quick
+def test_for_throughput_the_network_as_it_is_says_how_many_inputs_are_run_at_once(tmp_path):
+    result = _search(tmp_path, Budget(0.05, objective="throughput"))
+    assert result.best and result.best.batch in (1, 4) and result.baseline.batch == result.best.batch
+    assert {knob.batch for knob in result.knobs} == {1, 4}
+    assert result.budget.cost(result.best) == result.best.latency_ms / result.best.batch
+    assert "has the largest throughput" in result.explain()
 
 
 def test_while_it_goes_on_the_files_say_what_is_known(finished):

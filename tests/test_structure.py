@@ -54,6 +54,7 @@ LAYERS = (
         "damage_table",
         "facts",
         "feasibility",
+        "knobs",
         "making",
         "progress",
         "result",
