@@ -66,13 +66,14 @@ class Facts:
         return (*shape, *(step if isinstance(step, Pass) else _step(step) for step in (*fold, *names)))
 
     def distil(self, length: float = 1.0, shape: Shape | None = None, teaching: str = TEACHINGS[0]) -> Pass:
-        """The distillation of a shape: a smaller network takes more steps in the same time.
+        """The distillation of a shape or, without one, of numbers, when batch norms are folded already.
 
-        Of four parts of the arithmetic of a step one is the teacher's, and three are the candidate's.
+        A smaller network takes more steps in the same time: of four parts of the arithmetic of a step one is the
+        teacher's, and three are the candidate's.
         """
         kept = 1.0 if shape is None else (1 - shape.share) * (1 - self.lost(shape))
         epochs = float(f"{length * self.epochs * 4 / (1 + 3 * kept):.2g}")
-        return _step(teaching, epochs=epochs, lr=NORMED_LR if self.folds else PLAIN_LR)
+        return _step(teaching, epochs=epochs, lr=NORMED_LR if self.folds and shape is not None else PLAIN_LR)
 
     def lost(self, shape: Shape) -> float:
         """The share of the blocks that a shape lacks."""
