@@ -200,13 +200,17 @@ def _set_threads(count: int) -> None:
 
 @contextlib.contextmanager
 def _own_folder(order: Order) -> Iterator[Path]:
-    """A folder on this machine, with room beside it for checkpoints that the next process here will find."""
-    place = Path(tempfile.gettempdir()) / f"featherweight-{order.far}" / order.folder.name
-    place.parent.mkdir(mode=0o700, exist_ok=True)
-    yield place
-    shutil.rmtree(place, ignore_errors=True)
-    with contextlib.suppress(OSError):  # another process of this search is at work there
-        place.parent.rmdir()
+    """A folder on this machine for the artifact. A process that is killed leaves its checkpoints to the next one here."""
+    home = Path(tempfile.gettempdir()) / f"featherweight-{order.far}"
+    place = home / order.folder.name
+    home.mkdir(mode=0o700, exist_ok=True)
+    try:
+        yield place
+    finally:
+        for path in (place, place.with_suffix(CHECKPOINTS), *home.glob(f".{place.name}.*.partial")):
+            shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another process of this search is at work there
+            home.rmdir()
 
 
 def _plain(error: OSError) -> OSError:

@@ -327,10 +327,13 @@ class _Ray(Pool):
 
         going = list(self._going.values())
         if cancel_futures:
-            for reference in going:
-                ray.cancel(reference, force=True)
-        if going:
-            ray.wait(going, num_returns=len(going), timeout=PATIENCE_S if cancel_futures else None)
+            for force in (False, True):  # by an exception, so that they tidy up; then by a signal
+                for reference in going:
+                    ray.cancel(reference, force=force)
+                if going:
+                    _, going = ray.wait(going, num_returns=len(going), timeout=PATIENCE_S)
+        elif going:
+            ray.wait(going, num_returns=len(going))
         self._stack.close()
 
 

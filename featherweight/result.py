@@ -28,7 +28,8 @@ class Result:
         best: measured fully and on `test_score` too, unless the search was interrupted.
         frontier: the trials that none beats both in cost and in drop.
         rejected: the others' digests, recipes and reasons, with what was measured of them.
-        seconds: where the time went, by stage.
+        seconds: where the time went, by stage. What a pool of processes built and judged side by side is one stage,
+            `pool`; how long each of its networks took is told with the trials.
         knobs: the best by threads and inputs per run, those of the search first; empty where there was no time for it.
     """
 

@@ -273,7 +273,9 @@ class _Search:
         self.watch("facts")
         facts = facts_of(self.workload, names)
         with contextlib.suppress(RuntimeError):  # of a network through which no gradient flows: the trials will say
-            self.progress.line(f"compressing is expected to take {predicted_ram(self.workload) / 1e9:.2g} GB of memory")
+            each = "" if pool.here else " in each process of the pool"
+            most = f"{predicted_ram(self.workload) / 1e9:.2g} GB of memory"
+            self.progress.line(f"compressing is expected to take {most}{each}")
         if self.budget.objective == "bytes":
             self.watch("damage")
             facts = dataclasses.replace(facts, stored=self._few_bits(facts))

@@ -238,14 +238,21 @@ def _fewer_blocks(facts: Facts, share: float) -> list[Shape]:
 
 
 def _finalists(tried: Mapping[Shape, Trial], finals: Mapping[Shape, Trial], budget: Budget) -> list[Shape]:
-    """Of the shapes that would cost less than the best that fits, those that lack least; at first two, then one.
+    """Shapes to distil for long: at first the two that lack least of those that would cost less than the best.
 
-    None after FINALISTS, nor after one round in which none did.
+    Then, one at a time, halfway between what fits and the least that did not, or if all fit the next that lacks least.
+    None after FINALISTS, nor where nothing fits.
     """
-    if len(finals) >= FINALISTS or (finals and not any(trial.drop_fits(budget) for trial in finals.values())):
+    known = {**tried, **finals}
+    fitting = {shape: trial for shape, trial in known.items() if trial.drop_fits(budget)}
+    best = min(fitting, key=lambda shape: _cost(fitting[shape], fitting[shape], budget), default=None)
+    if len(finals) >= FINALISTS or (finals and best is None):
         return []
-    fitting = [t for t in (*tried.values(), *finals.values()) if t.drop_fits(budget)]
-    least = min([_cost(trial, trial, budget) for trial in fitting], default=math.inf)
+    beyond = [shape.share for shape in finals if best and shape not in fitting and shape.dropped == best.dropped]
+    if best and beyond:
+        halfway = Shape(round((best.share + min(beyond)) / 2, 4), best.dropped)
+        return [] if halfway in known else [halfway]
+    least = _cost(fitting[best], fitting[best], budget) if best else math.inf
     lacking = {
         shape: budget.excess(trial.measurement)["max_drop"]
         for shape, trial in tried.items()
