@@ -200,7 +200,7 @@ def _set_threads(count: int) -> None:
 
 @contextlib.contextmanager
 def _own_folder(order: Order) -> Iterator[Path]:
-    """A folder on this machine for the artifact. A process that is killed leaves its checkpoints to the next one here."""
+    """A folder on this machine for the artifact. Checkpoints of a process that is killed are there for the next one."""
     home = Path(tempfile.gettempdir()) / f"featherweight-{order.far}"
     place = home / order.folder.name
     home.mkdir(mode=0o700, exist_ok=True)
