@@ -140,26 +140,28 @@ def shapes_of(model: nn.Module, workload: Workload, batch: int = 1) -> dict[str,
 
 def _shape(layer: Any, x: Tensor, batch: int) -> Shape | None:
     """None for inputs without a batch, which torch takes too."""
-    if isinstance(layer, nn.Linear):
+    kind = next(kind.__name__ for kind in KINDS if isinstance(layer, kind))
+    if kind == "Linear":
         rows = max(1, x.shape[0] // batch) if x.dim() > 1 else 1
-        form = Form("Linear", rows, tuple(x.shape[1:-1]), ())
-        return Shape(form, layer.in_features, layer.out_features)
+        return Shape(Form(kind, rows, tuple(x.shape[1:-1]), ()), layer.in_features, layer.out_features)
     if isinstance(layer, RECURRENT):
-        if x.dim() != 3:
-            return None
-        kind = next(kind for kind in RECURRENT if isinstance(layer, kind))
-        length, size = (x.shape[1], x.shape[0]) if layer.batch_first else (x.shape[0], x.shape[1])
-        settings = {"num_layers": layer.num_layers, "bidirectional": layer.bidirectional}
-        form = Form(kind.__name__, max(1, size // batch), (length,), tuple(settings.items()))
-        return Shape(form, layer.input_size, layer.hidden_size)
-    if x.dim() != layer.weight.dim():
-        return None
+        return None if x.dim() < 3 else _recurrent(kind, layer, x, batch)
+    return None if x.dim() < len(layer.kernel_size) + 2 else _convolution(kind, layer, x, batch)
+
+
+def _recurrent(kind: str, layer: Any, x: Tensor, batch: int) -> Shape:
+    length, size = (x.shape[1], x.shape[0]) if layer.batch_first else (x.shape[0], x.shape[1])
+    settings = (("num_layers", layer.num_layers), ("bidirectional", layer.bidirectional))
+    form = Form(kind, max(1, size // batch), (length,), settings)
+    return Shape(form, layer.input_size, layer.hidden_size)
+
+
+def _convolution(kind: str, layer: Any, x: Tensor, batch: int) -> Shape:
     names = ["kernel_size", "stride", "padding", *(["output_padding"] if isinstance(layer, TRANSPOSED) else [])]
     each = 1 < layer.groups == layer.in_channels
-    values = {name: getattr(layer, name) for name in (*names, "dilation")}
-    settings = {**values, "groups": "each" if each else layer.groups}
-    kind = next(kind for kind in (*CONVOLUTIONS, *TRANSPOSED) if isinstance(layer, kind))
-    form = Form(kind.__name__, max(1, x.shape[0] // batch), tuple(x.shape[2:]), tuple(settings.items()))
+    settings = {name: getattr(layer, name) for name in (*names, "dilation")}
+    settings["groups"] = "each" if each else layer.groups
+    form = Form(kind, max(1, x.shape[0] // batch), tuple(x.shape[2:]), tuple(settings.items()))
     return Shape(form, layer.in_channels, layer.out_channels)
 
 
@@ -182,7 +184,7 @@ def widths(channels: int, multiple: int, divisor: int = 1) -> list[int]:
 
 
 def candidates(shape: Shape, multiple: int) -> list[Shape]:
-    """`shape`, and the narrower ones that are measured with it; recurrent layers, which no pass narrows, as they are."""
+    """`shape`, and the narrower ones that are measured with it: none of recurrent layers, which no pass narrows."""
     form = shape.form
     if form.recurrent:
         return [shape]
@@ -392,7 +394,7 @@ def _place(shape: Shape) -> tuple[int, int]:
 
 def precision_of(layer: nn.Module) -> str:
     """In which of PRECISIONS a layer is stored and computed; "fp32" for all other ways."""
-    own = [child for child in layer.children() if isinstance(child, RecurrentWeight)] or [layer]
+    own: list[nn.Module] = [child for child in layer.children() if isinstance(child, RecurrentWeight)] or [layer]
     found = [encoding_of(module) for module in own]
     affine = [encoding for encoding in found if isinstance(encoding, Affine)]
     if len(affine) < len(own):
@@ -439,9 +441,7 @@ def cost_table(
             "The network calls no convolution, linear or recurrent layer on the example, so there is nothing to "
             f"measure on {target}. A cost table is of no use for it."
         )
-    shapes = list(
-        dict.fromkeys(candidate for shape in dict.fromkeys(found) for candidate in candidates(shape, multiple))
-    )
+    shapes = dict.fromkeys(narrow for shape in dict.fromkeys(found) for narrow in candidates(shape, multiple))
     wanted = [(precision, shape) for precision in PRECISIONS for shape in shapes]
     cache = _Cache(cache_folder() / f"{target}-{_digest(key := _key(target, threads, batch))}.json", key, say)
     missing = [entry for entry in wanted if _text(entry) not in cache]
@@ -474,9 +474,9 @@ class _Entry(nn.Module):
 
     @property
     def reads(self) -> tuple[int, ...]:
-        """The sizes of the input, without the batch."""
-        form = self.shape.form
-        return (self.shape.inputs, *form.sizes) if self.convolves else (*form.sizes, self.shape.inputs)
+        """The sizes of what it reads of one example."""
+        form, channels = self.shape.form, self.shape.inputs
+        return (form.rows, channels, *form.sizes) if self.convolves else (form.rows, *form.sizes, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         found = self.layer(x)
@@ -490,23 +490,25 @@ class _Bench(nn.Module):
 
     def __init__(self, shapes: Sequence[Shape]) -> None:
         super().__init__()
-        for index, shape in enumerate(shapes):
-            self.add_module(f"entry{index}", _Entry(shape))
+        self.names = [f"entry{index}" for index in range(len(shapes))]
+        for name, shape in zip(self.names, shapes, strict=True):
+            self.add_module(name, _Entry(shape))
 
-    @property
-    def values(self) -> int:
-        """How many are read of each example, at most."""
-        return max(entry.shape.form.rows * math.prod(entry.reads) for entry in self.children())
+    def _entries(self) -> list[Any]:
+        return [self.get_submodule(name) for name in self.names]
+
+    def example(self, rows: int) -> Tensor:
+        """So many rows of values as layers of this kind read: those of convolutions come from rectifiers."""
+        entries = self._entries()
+        values = max(math.prod(entry.reads) for entry in entries)
+        return torch.rand(rows, values) if entries[0].convolves else torch.randn(rows, values)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        entries = self._entries()
         views: dict[tuple[int, ...], Tensor] = {}
-        found = []
-        for entry in self.children():
-            if (sides := (entry.shape.form.rows, *entry.reads)) not in views:
-                views[sides] = x[:, : math.prod(sides)].reshape(-1, *entry.reads)
-            result = entry(views[sides])
-            found.append(result.reshape(x.shape[0], -1))
-        return tuple(found)
+        for sizes in dict.fromkeys(entry.reads for entry in entries):
+            views[sizes] = x[:, : math.prod(sizes)].reshape(-1, *sizes[1:])
+        return tuple(entry(views[entry.reads]).reshape(x.shape[0], -1) for entry in entries)
 
 
 def _measured(entries: Sequence[Key], target: str, threads: int, batch: int) -> tuple[dict[Key, float], dict[Key, str]]:
@@ -527,7 +529,7 @@ def _profiled(entries: Sequence[Key], target: str, threads: int, batch: int) -> 
     with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory(prefix="featherweight-") as scratch:
         torch.manual_seed(0)
         model = _Bench([shape for _, shape in entries]).eval()
-        rows = (torch.randn(max(batch, 2), model.values),)
+        rows = (model.example(max(batch, 2)),)
         steps = tuple(passes.build(name, settings, "the cost table") for name, settings in PRECISIONS[entries[0][0]])
         recipe = Recipe(steps, target)
         artifact = build(recipe, Workload(model, rows, [rows], lambda predict: 0.0), Path(scratch) / "layers")
@@ -558,10 +560,8 @@ def _untreated(layer: str, coverage: Iterable[Mapping[str, str]]) -> str:
 def _chunks(entries: Sequence[Key]) -> Iterator[tuple[int, list[Key]]]:
     """Entries of one precision and kind that are measured together, and how many come before them."""
     chunk: list[Key] = []
-    for index, entry in enumerate(entries):
-        if chunk and (
-            len(chunk) == TOGETHER or not _alike(chunk[-1], entry) or _bytes([*chunk, entry]) > TOGETHER_BYTES
-        ):
+    for index, entry in enumerate(sorted(entries, key=lambda e: (list(PRECISIONS).index(e[0]), e[1].form.kind))):
+        if chunk and not _fits(chunk, entry):
             yield index - len(chunk), chunk
             chunk = []
         chunk = [*chunk, entry]
@@ -569,8 +569,10 @@ def _chunks(entries: Sequence[Key]) -> Iterator[tuple[int, list[Key]]]:
         yield len(entries) - len(chunk), chunk
 
 
-def _alike(one: Key, other: Key) -> bool:
-    return (one[0], one[1].form.kind) == (other[0], other[1].form.kind)
+def _fits(chunk: Sequence[Key], entry: Key) -> bool:
+    """Whether an entry is of the precision and kind of those in a chunk, and has room there."""
+    alike = (chunk[0][0], chunk[0][1].form.kind) == (entry[0], entry[1].form.kind)
+    return alike and len(chunk) < TOGETHER and _bytes([*chunk, entry]) <= TOGETHER_BYTES
 
 
 def _bytes(entries: Iterable[Key]) -> int:
