@@ -54,6 +54,7 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 RECURRENT = (nn.LSTM, nn.GRU, nn.RNN)
 KINDS = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear, *RECURRENT)
 TOGETHER, TOGETHER_BYTES = 48, 32 << 20  # layers in one network that is measured, and bytes of their weights
+RUNS, CALLS = 6, 5  # of such a network, and how often it is loaded anew
 FEWEST_CHANNELS = 16  # of a layer that is measured at other widths too
 HELD = 0.05  # how heavily the factor of a correction being 1 weighs, beside an error of as much
 SHORTEST = 1e-4  # milliseconds: profiles count in microseconds
@@ -176,7 +177,7 @@ def widths(channels: int, multiple: int, divisor: int = 1) -> list[int]:
     """
     if channels < FEWEST_CHANNELS:
         return [channels]
-    while multiple > 1 and channels < len(SHARES) * multiple:
+    while multiple > 1 and channels < len(SHARES) * math.lcm(multiple, divisor):
         multiple //= 2
     step = math.lcm(multiple, divisor)
     wanted = {channels, *(max(1, round(share * channels / step)) * step for share in SHARES)}
@@ -218,10 +219,11 @@ def interpolated(points: Mapping[tuple[int, int], float], inputs: int, outputs: 
         if all(corner in points for corner in ((low, left), (low, right), (high, left), (high, right)))
     ]
 
-    def distance(rectangle: tuple[int, int, int, int]) -> tuple[float, float]:
+    def distance(rectangle: tuple[int, int, int, int]) -> tuple[float, int, float]:
         low, high, left, right = rectangle
         outside = _outside(inputs, low, high) + _outside(outputs, left, right)
-        return outside, math.log(high / low) + math.log(right / left)
+        flat = (low == high != inputs) + (left == right != outputs)  # says nothing of how time grows with the width
+        return outside, flat, math.log(high / low) + math.log(right / left)
 
     low, high, left, right = min(rectangles, key=distance)
     first, last = (_along(points[i, left], points[i, right], left, right, outputs) for i in (low, high))
@@ -337,6 +339,7 @@ class CostTable:
         target: its name.
         threads: of the runs that were profiled.
         batch: of their inputs.
+        own: shapes of the network's own layers.
         entries: by precision and shape.
         left: why there are none, by precision and shape.
         fresh: how many were measured for this call; the others lay in the cache.
@@ -345,6 +348,7 @@ class CostTable:
     target: str
     threads: int
     batch: int
+    own: Sequence[Shape]
     entries: Mapping[Key, float]
     left: Mapping[Key, str] = field(default_factory=dict)
     fresh: int = 0
@@ -436,22 +440,39 @@ def cost_table(
             raise BudgetError(f"{name}={value} makes no sense: give a number above zero.")
     multiple, say = targets.find(target).width_multiple, progress or Progress()
     found = [shape for shapes in shapes_of(model or workload.start, workload, batch).values() for shape in shapes]
-    if not found:
+    own = list(dict.fromkeys(found))
+    if not own:
         raise LayerError(
             "The network calls no convolution, linear or recurrent layer on the example, so there is nothing to "
             f"measure on {target}. A cost table is of no use for it."
         )
-    shapes = dict.fromkeys(narrow for shape in dict.fromkeys(found) for narrow in candidates(shape, multiple))
+    shapes = dict.fromkeys(narrow for shape in own for narrow in candidates(shape, multiple))
     wanted = [(precision, shape) for precision in PRECISIONS for shape in shapes]
     cache = _Cache(cache_folder() / f"{target}-{_digest(key := _key(target, threads, batch))}.json", key, say)
     missing = [entry for entry in wanted if _text(entry) not in cache]
     for done, chunk in _chunks(missing):
         say.count(len(wanted) - len(missing) + done, len(wanted))
-        say.stage(f"{target} {chunk[0][0]}: {chunk[0][1].form.kind}")
+        say.stage(f"{target}: layers in {chunk[0][0]}")
         cache.add(*_measured(chunk, target, threads, batch))
     say.count(len(wanted), len(wanted))
     entries, left = cache.of(wanted)
-    return CostTable(target, threads, batch, entries, left, len(missing))
+    return CostTable(target, threads, batch, own, entries, left, len(missing))
+
+
+def in_short(table: CostTable) -> list[list[str]]:
+    """A heading, and a row for each layer and precision: milliseconds where a share of all its channels is left."""
+    rows = [["layer", "precision", *(f"{share:g}" for share in SHARES)]]
+    for shape in table.own:
+        for precision in PRECISIONS:
+            if (precision, shape) in table.entries:
+                times = [table.latency_ms(_narrowed(shape, share), precision) for share in SHARES]
+                rows.append([str(shape), precision, *(f"{ms:.3f}" for ms in times)])
+    return rows
+
+
+def _narrowed(shape: Shape, share: float) -> Shape:
+    kept = [max(1, round(share * w)) if w >= FEWEST_CHANNELS else w for w in (shape.inputs, shape.outputs)]
+    return Shape(shape.form, *(kept if not shape.form.recurrent else (shape.inputs, shape.outputs)))
 
 
 # ------------------------------------------------------------------------------------------------ measuring
@@ -498,17 +519,19 @@ class _Bench(nn.Module):
         return [self.get_submodule(name) for name in self.names]
 
     def example(self, rows: int) -> Tensor:
-        """So many rows of values as layers of this kind read: those of convolutions come from rectifiers."""
-        entries = self._entries()
-        values = max(math.prod(entry.reads) for entry in entries)
-        return torch.rand(rows, values) if entries[0].convolves else torch.randn(rows, values)
+        """Rows of values such as layers read: those for convolutions, first, are as rectifiers return them."""
+        return torch.cat([torch.rand(rows, self._values(True)), torch.randn(rows, self._values(False))], dim=1)
+
+    def _values(self, convolves: bool) -> int:
+        """How many values of a row are for layers that convolve, or for those that do not."""
+        return max((math.prod(entry.reads) for entry in self._entries() if entry.convolves == convolves), default=0)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        entries = self._entries()
-        views: dict[tuple[int, ...], Tensor] = {}
-        for sizes in dict.fromkeys(entry.reads for entry in entries):
-            views[sizes] = x[:, : math.prod(sizes)].reshape(-1, *sizes[1:])
-        return tuple(entry(views[entry.reads]).reshape(x.shape[0], -1) for entry in entries)
+        entries, parts = self._entries(), {True: x, False: x[:, self._values(True) :]}
+        views: dict[tuple[bool, tuple[int, ...]], Tensor] = {}
+        for convolves, sizes in dict.fromkeys((entry.convolves, entry.reads) for entry in entries):
+            views[convolves, sizes] = parts[convolves][:, : math.prod(sizes)].reshape(-1, *sizes[1:])
+        return tuple(entry(views[entry.convolves, entry.reads]).reshape(x.shape[0], -1) for entry in entries)
 
 
 def _measured(entries: Sequence[Key], target: str, threads: int, batch: int) -> tuple[dict[Key, float], dict[Key, str]]:
@@ -533,7 +556,7 @@ def _profiled(entries: Sequence[Key], target: str, threads: int, batch: int) -> 
         steps = tuple(passes.build(name, settings, "the cost table") for name, settings in PRECISIONS[entries[0][0]])
         recipe = Recipe(steps, target)
         artifact = build(recipe, Workload(model, rows, [rows], lambda predict: 0.0), Path(scratch) / "layers")
-        kernels = profiled(artifact.folder, [rows[0][:batch].numpy()], threads=threads)
+        kernels = profiled(artifact.folder, [rows[0][:batch].numpy()], threads=threads, runs=RUNS, calls=CALLS)
     spent: dict[int, float] = defaultdict(float)
     for kernel in kernels:
         if part := KERNEL.match(kernel.name):
@@ -558,9 +581,9 @@ def _untreated(layer: str, coverage: Iterable[Mapping[str, str]]) -> str:
 
 
 def _chunks(entries: Sequence[Key]) -> Iterator[tuple[int, list[Key]]]:
-    """Entries of one precision and kind that are measured together, and how many come before them."""
+    """Entries of one precision that are measured together, and how many come before them."""
     chunk: list[Key] = []
-    for index, entry in enumerate(sorted(entries, key=lambda e: (list(PRECISIONS).index(e[0]), e[1].form.kind))):
+    for index, entry in enumerate(entries):
         if chunk and not _fits(chunk, entry):
             yield index - len(chunk), chunk
             chunk = []
@@ -570,9 +593,8 @@ def _chunks(entries: Sequence[Key]) -> Iterator[tuple[int, list[Key]]]:
 
 
 def _fits(chunk: Sequence[Key], entry: Key) -> bool:
-    """Whether an entry is of the precision and kind of those in a chunk, and has room there."""
-    alike = (chunk[0][0], chunk[0][1].form.kind) == (entry[0], entry[1].form.kind)
-    return alike and len(chunk) < TOGETHER and _bytes([*chunk, entry]) <= TOGETHER_BYTES
+    """Whether an entry is of the precision of those in a chunk, and has room there."""
+    return chunk[0][0] == entry[0] and len(chunk) < TOGETHER and _bytes([*chunk, entry]) <= TOGETHER_BYTES
 
 
 def _bytes(entries: Iterable[Key]) -> int:

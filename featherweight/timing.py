@@ -246,7 +246,7 @@ def keeping_originals() -> Iterator[None]:
         _close(kept.values())
 
 
-def profiled(folder: Path, inputs: Arrays, *, threads: int = 1, runs: int = 6, calls: int = 5) -> list[Kernel]:
+def profiled(folder: Path, inputs: Arrays, *, threads: int = 1, runs: int = 3, calls: int = 1) -> list[Kernel]:
     """What the runtime says of its own runs of the artifact in `folder`, in a fresh process.
 
     Args:
