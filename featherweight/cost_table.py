@@ -356,13 +356,17 @@ class CostTable:
     def latency_ms(self, shape: Shape, precision: str) -> float:
         """Of one layer; of one in floats where the target does not hold it in that precision.
 
+        Where not even that could be measured it is 0: the layer then counts among what lies between the layers.
+
         Raises:
-            LayerError: nothing of this form was measured.
+            LayerError: nothing of this form was tried.
         """
         points = self._points(shape.form, precision) or self._points(shape.form, "fp32")
+        if not points and any(other.form == shape.form for _, other in self.left):
+            return 0.0
         if not points:
             raise LayerError(
-                f"The cost table of {self.target} says nothing of {shape}: no layer of this form was measured. "
+                f"The cost table of {self.target} says nothing of {shape}: no layer of this form was tried. "
                 "Measure it with cost_table(workload, target, model=…), where model is the network that has it."
             )
         return interpolated(points, *_place(shape))

@@ -62,7 +62,7 @@ def to_onnx(model: nn.Module, workload: Workload) -> onnx_ir.Model:
     _store_packed(graph_model, model)
     _name_ends(graph_model, workload)
     _simplify(graph_model, kept={value.name for _, value in _coded(graph_model, model)})
-    _name_by_layer(graph_model)
+    _name_by_layer(graph_model, model)
     _forget_origin(graph_model)
     return graph_model
 
@@ -249,16 +249,16 @@ def _rounding_before_padding() -> Any:
     return pattern.RewriteRule(after, before, zeros)
 
 
-def _name_by_layer(graph_model: onnx_ir.Model) -> None:
+def _name_by_layer(graph_model: onnx_ir.Model, model: nn.Module) -> None:
     """Operators, and what they return, are named after their layer, so that a runtime's profile tells where time goes.
 
     Both, for a runtime names what it makes of several operators after either.
     """
-    ends = {*graph_model.graph.inputs, *graph_model.graph.outputs}
+    ends, layers = {*graph_model.graph.inputs, *graph_model.graph.outputs}, {name for name, _ in model.named_modules()}
     for node in graph_model.graph:
         scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
         layer = scopes[-2] if len(scopes) > 1 else ""
-        if layer and node.name:
+        if layer and layer in layers and node.name:
             node.name = f"{layer}/{node.name}"
             for value in node.outputs:
                 if value.name and value not in ends:

@@ -139,7 +139,7 @@ def gemms_to_matmuls(graph: Any) -> None:
         steps.append(onnx_ir.node("MatMul", [x, weight], name=node.name))
         if rest and rest[0] is not None:
             bias = constant(graph, f"{rest[0].name}.negated", -rest[0].const_value.numpy())
-            steps.append(onnx_ir.node("Sub", [steps[-1].outputs[0], bias]))
+            steps.append(onnx_ir.node("Sub", [steps[-1].outputs[0], bias], name=f"{node.name}_bias"))
         replace(graph, node, steps)
 
 

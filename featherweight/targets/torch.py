@@ -73,7 +73,7 @@ class Torch(Target):
 
         program = trace(model, workload.example)
         _inline_blocks(program)
-        _name_by_layer(program)
+        _name_by_layer(program, model)
         _return_tuple(program)
         program._example_inputs = None  # the archive would hold them pickled
         program._guards_code = []  # Python source, which a reader would have to run
@@ -224,14 +224,15 @@ def _inline(graph: Any, call: Any, body: Any, arguments: list[Any]) -> dict[str,
     return names
 
 
-def _name_by_layer(program: Any) -> None:
+def _name_by_layer(program: Any, model: nn.Module) -> None:
     """Nodes are named after their layer, so that a profile tells where time goes."""
+    layers = {name for name, _ in model.named_modules() if name}
     for node in program.graph.nodes:
         stack = list((node.meta.get("nn_module_stack") or {}).values())
-        layer = re.sub(r"\W", "_", stack[-1][0]) if stack else ""
-        if layer and layer.isidentifier() and not layer.startswith("_") and node.op == "call_function":
+        layer = stack[-1][0] if stack else ""
+        if layer in layers and node.op == "call_function":
             before = node.name
-            node._rename(f"{layer}_{before}")
+            node._rename(re.sub(r"\W", "_", f"{layer}_{before}"))
             program.graph_signature.replace_all_uses(before, node.name)
 
 
