@@ -300,7 +300,7 @@ def fitted(measured: Measured) -> Correction:
     unit = max(estimate.values for estimate, _ in measured) or 1.0
     rows = [[e.layers_ms / latency, e.values / unit / latency] for e, latency in measured]
     found, _ = nnls(np.array([*rows, [HELD, 0.0]]), np.array([*[1.0] * len(rows), HELD]))
-    return Correction(round(float(found[0]), 9), float(found[1] / unit))
+    return Correction(*(float(f"{value:.9g}") for value in (found[0], found[1] / unit)))
 
 
 def corrections(measured: Measured) -> dict[str, Correction]:

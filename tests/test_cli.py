@@ -164,7 +164,7 @@ def test_bench_machine_measures_layers_once_and_shows_them(tmp_path, capsys, mon
     said = capsys.readouterr().out
     heads = re.findall(r"^.*gratings\.py on (\w+), 1 thread, batch 2: (\d+) shapes, (\d+) entries", said, re.MULTILINE)
     assert [name for name, *_ in heads] == ["onnxruntime", "torch"] and "layer " in said
-    assert re.search(r"^16→32 Conv2d on .* int8 +0\.250 +0\.250 +0\.250 +0\.250$", said, re.MULTILINE)
+    assert re.search(r"^16→64 Conv2d on \d.* int8 +0\.250 +0\.250 +0\.250 +0\.250$", said, re.MULTILINE)
     assert run(*arguments) == 0
     assert "(0 measured now)" in capsys.readouterr().out
     assert len(list((tmp_path / "costs").iterdir())) == 2
