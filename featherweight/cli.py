@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -123,6 +124,13 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("workload", metavar="WORKLOAD", help=workload)
     _timing(add)
     add.add_argument("--json", action="store_true", help="everything that was found, samples included, as JSON")
+
+    add = commands.add_parser("bench-machine", help="measure what layers cost on this machine, ahead of a search")
+    add.set_defaults(command=bench_machine)
+    add.add_argument("workloads", nargs="+", metavar="WORKLOAD", help=f"whose layers are measured: {workload}")
+    add.add_argument("--target", default="auto", metavar="auto|NAME[,NAME]", help="where they are to run (auto)")
+    add.add_argument("--threads", type=_whole, metavar="N", help="of a layer that is timed (the processor's cores)")
+    add.add_argument("--batch", type=_whole, default=1, metavar="N", help="of the inputs that are timed (1)")
 
     add = commands.add_parser("verify", help="check an artifact's digests and its test vectors; exit 0 or 1")
     add.set_defaults(command=verify)
@@ -307,6 +315,43 @@ def measure(chosen: argparse.Namespace) -> int:
     return DONE
 
 
+def bench_machine(chosen: argparse.Namespace) -> int:
+    """`featherweight bench-machine`: what is measured is kept at once, so Ctrl-C loses a few dozen entries at most."""
+    from featherweight import cost_table, workload
+    from featherweight.measure import physical_cores
+    from featherweight.search import check_targets
+
+    names, threads = check_targets([name.strip() for name in chosen.target.split(",")]), chosen.threads
+    say = _progress("bench-machine", "entries")
+    try:
+        for spec in chosen.workloads:
+            loaded = workload.load(spec)
+            for name in names:
+                begin = time.monotonic()
+                table = cost_table.cost_table(
+                    loaded, name, threads=threads or physical_cores(), batch=chosen.batch, progress=say
+                )
+                _tell_costs(spec, table, time.monotonic() - begin)
+    except KeyboardInterrupt:
+        print(f"what was measured is kept in {cost_table.cache_folder()}", file=sys.stderr)
+        raise
+    finally:
+        say.close()
+    return DONE
+
+
+def _tell_costs(spec: str, table: Any, seconds: float) -> None:
+    from featherweight.cost_table import in_short
+
+    runs = f"{table.threads} {'thread' if table.threads == 1 else 'threads'}, batch {table.batch}"
+    entries = f"{len(table.own)} shapes, {len(table.entries)} entries ({table.fresh} measured now)"
+    print(f"{spec} on {table.target}, {runs}: {entries}, {seconds:.0f} s; milliseconds by share of channels:")
+    _print_rows(in_short(table))
+    for reason, count in Counter(table.left.values()).items():
+        print(f"left out, {count} entries: {reason}")
+    print()
+
+
 def verify(chosen: argparse.Namespace) -> int:
     """`featherweight verify`."""
     from featherweight.artifact import verify as problems_of
@@ -438,8 +483,8 @@ def _print_rows(rows: Sequence[Sequence[str]]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def _progress() -> Progress:
-    """A bar on a terminal, else quiet lines."""
+def _progress(what: str = "compress", unit: str = "trials") -> Progress:
+    """A bar on a terminal that counts `unit`, else quiet lines."""
     from featherweight.progress import Progress
 
     class Shown(Progress):
@@ -459,13 +504,14 @@ def _progress() -> Progress:
             print(f"{time.monotonic() - self.begin:6.0f} s  {' '.join(text.split())}", file=sys.stderr, flush=True)
 
     class Bar(Shown):
-        """Trials done of those expected, with an estimate of the time left; lines go above it."""
+        """What is done of what is expected, with an estimate of the time left; lines go above it."""
 
         def __init__(self) -> None:
             from tqdm import tqdm
 
-            shape = "{desc} {bar} {n_fmt} of about {total_fmt} trials [{elapsed}, {remaining} left] {postfix}"
-            self._bar = tqdm(total=1, desc="compress", bar_format=shape, dynamic_ncols=True)
+            count = f"{{n_fmt}} of about {{total_fmt}} {unit}"
+            shape = f"{{desc}} {{bar}} {count} [{{elapsed}}, {{remaining}} left] {{postfix}}"
+            self._bar = tqdm(total=1, desc=what, bar_format=shape, dynamic_ncols=True)
             self._started = False
 
         def line(self, text: str) -> None:

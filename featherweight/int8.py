@@ -183,7 +183,7 @@ def _replace(program: fx.GraphModule, node: Any, kind: Callable[..., Int8Layer])
     if miscomputed(codes.shape):
         return
     bias, places = (constant(program, rest[0]), rest[1:]) if rest else (None, [])
-    name = f"int8_{node.name}"
+    name = f"{node.name}_int8"  # the layer comes first, as in all names of a profile
     program.add_submodule(name, kind(codes, w_scale, bias, x_scale, x_zero, *places))
     with program.graph.inserting_before(node):
         node.replace_all_uses_with(program.graph.call_module(name, (x,)))

@@ -8,6 +8,7 @@ is the affair of its target; nothing here runs a graph. onnx, onnxscript and onn
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import logging
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     import onnx_ir
 
 OPSET = 21  # the first with INT4 and blocked DequantizeLinear
+SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter notes the modules that an operator lies in, and its own name
 
 
 def to_onnx(model: nn.Module, workload: Workload) -> onnx_ir.Model:
@@ -60,6 +62,7 @@ def to_onnx(model: nn.Module, workload: Workload) -> onnx_ir.Model:
     _store_packed(graph_model, model)
     _name_ends(graph_model, workload)
     _simplify(graph_model, kept={value.name for _, value in _coded(graph_model, model)})
+    _name_by_layer(graph_model, model)
     _forget_origin(graph_model)
     return graph_model
 
@@ -244,6 +247,22 @@ def _rounding_before_padding() -> Any:
         return found if zero.const_value is not None and zero.const_value.numpy() == 0 else found.fail("not zeros")
 
     return pattern.RewriteRule(after, before, zeros)
+
+
+def _name_by_layer(graph_model: onnx_ir.Model, model: nn.Module) -> None:
+    """Operators, and what they return, are named after their layer, so that a runtime's profile tells where time goes.
+
+    Both, for a runtime names what it makes of several operators after either.
+    """
+    ends, layers = {*graph_model.graph.inputs, *graph_model.graph.outputs}, {name for name, _ in model.named_modules()}
+    for node in graph_model.graph:
+        scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
+        layer = scopes[-2] if len(scopes) > 1 else ""
+        if layer and layer in layers and node.name:
+            node.name = f"{layer}/{node.name}"
+            for value in node.outputs:
+                if value.name and value not in ends:
+                    value.name = f"{layer}/{value.name}"
 
 
 def _forget_origin(graph_model: onnx_ir.Model) -> None:

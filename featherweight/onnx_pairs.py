@@ -87,7 +87,8 @@ def _fold_norms(graph: Any) -> None:
         made = {kind: constant(graph, f"{conv.outputs[0].name}.{kind}", value) for kind, value in values.items()}
         decoded = onnx_ir.node("DequantizeLinear", [made["codes"], made["scale"]], {"axis": 0})
         inputs = [conv.inputs[0], decoded.outputs[0], made["bias"]]
-        replace(graph, node, [decoded, onnx_ir.Node("", "Conv", inputs, list(conv.attributes.values()))])
+        folded = onnx_ir.Node("", "Conv", inputs, list(conv.attributes.values()), name=conv.name)
+        replace(graph, node, [decoded, folded])
     drop_unused(graph)
 
 

@@ -17,11 +17,23 @@ from typing import Any
 
 from featherweight.allocation import Option
 from featherweight.artifact import write_text_atomic
+from featherweight.cost_table import Predicted, relative_error, stored_predictions
 from featherweight.damage_table import stored_table
 from featherweight.errors import ArtifactError, FeatherweightError
 from featherweight.knobs import Knob
 from featherweight.measure import Measurement
-from featherweight.trials import BASELINE, DAMAGES, RESULT, Budget, Trial, frontier, in_words, read_json, read_trials
+from featherweight.trials import (
+    BASELINE,
+    COSTS,
+    DAMAGES,
+    RESULT,
+    Budget,
+    Trial,
+    frontier,
+    in_words,
+    read_json,
+    read_trials,
+)
 
 # ------------------------------------------------------------------------------------------------ what is known
 
@@ -52,6 +64,7 @@ class Findings:
     seconds: dict[str, float]
     damages: Sequence[Option]
     knobs: Sequence[Knob]
+    predicted: Sequence[Predicted]
 
     @property
     def objective(self) -> str:
@@ -111,6 +124,7 @@ def read(folder: Path) -> Findings:
         seconds=result.get("seconds", {}),
         damages=stored_table(folder / DAMAGES),
         knobs=_stored_knobs(folder, result),
+        predicted=stored_predictions(folder / COSTS),
     )
 
 
@@ -450,6 +464,10 @@ def _notes(findings: Findings) -> Iterator[Block]:
     if findings.damages:
         yield Heading("What each layer bears")
         yield _damages(findings.damages, findings.best)
+    if rows := _predictions(findings):
+        yield Heading("What the cost table predicted")
+        columns = ["trial", "target", "predicted", "measured", "error"]
+        yield Table("Latency before and after it was measured", columns, rows, frozenset({2, 3, 4}), folded=True)
     if findings.seconds:
         yield Heading("Where the time went")
         spent = sorted(findings.seconds.items(), key=lambda item: -item[1])
@@ -492,6 +510,22 @@ def _damages(table: Sequence[Option], best: Measurement | None) -> Table:
     ]
     title = "Relative squared error of the outputs, and bytes, where one layer alone is stored in fewer bits"
     return Table(title, ["layer", *ways, "in the best"], rows, frozenset(range(1, 1 + len(ways))), folded=True)
+
+
+def _predictions(findings: Findings) -> list[list[str]]:
+    """A row for each trial of which there is a prediction, and how far off that was."""
+    named = {row.found.digest: row for row in findings.rows if row.found}
+    return [
+        [
+            named[one.digest].name,
+            named[one.digest].target,
+            f"{number(one.predicted_ms)} ms",
+            f"{number(one.measured_ms)} ms",
+            f"{relative_error(one.predicted_ms, one.measured_ms):+.0%}",
+        ]
+        for one in findings.predicted
+        if one.digest in named
+    ]
 
 
 def _plain(name: str, value: Any) -> str:

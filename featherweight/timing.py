@@ -25,15 +25,15 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from featherweight import errors
+from featherweight import errors, targets
 from featherweight.errors import ArtifactError, FeatherweightError, ProcessError, WorkloadError
-from featherweight.targets import Arrays
+from featherweight.targets import Arrays, Kernel, usual
 
 THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
@@ -246,6 +246,29 @@ def keeping_originals() -> Iterator[None]:
         _close(kept.values())
 
 
+def profiled(folder: Path, inputs: Arrays, *, threads: int = 1, runs: int = 3, calls: int = 1) -> list[Kernel]:
+    """What the runtime says of its own runs of the artifact in `folder`, in a fresh process.
+
+    Args:
+        folder: of the artifact.
+        inputs: one array per input of the network.
+        threads: of the network.
+        runs: of a network that was loaded.
+        calls: how often it is loaded anew; each operator has the median of its times.
+
+    Raises:
+        ArtifactError: it cannot be loaded or run; the message says why.
+        ProcessError: the process was killed, hung or ran out of memory.
+    """
+    with tempfile.TemporaryDirectory(prefix="featherweight-") as scratch:
+        _write_inputs(path := Path(scratch) / "inputs.safetensors", inputs)
+        worker = Worker(Subject(folder.name, folder=folder), threads)
+        try:
+            return usual([worker.profile(path, runs) for _ in range(calls)])
+        finally:
+            worker.close()
+
+
 def _close(workers: Collection[Worker]) -> None:
     with contextlib.ExitStack() as stack:
         for worker in workers:
@@ -343,6 +366,12 @@ class Worker:
         self._send({"do": "memory"})
         answer = self._answer()
         return answer["start_rss_bytes"], answer["peak_rss_bytes"]
+
+    def profile(self, inputs: Path, runs: int) -> list[Kernel]:
+        """What the runtime says of `runs` runs of the artifact, which it loads for them."""
+        folder = str(self._subject.folder and self._subject.folder.resolve())
+        self._send({"do": "profile", "folder": folder, "inputs": str(inputs), "threads": self._threads, "runs": runs})
+        return [Kernel(**kernel) for kernel in self._answer()["kernels"]]
 
     def dismiss(self) -> None:
         """Asks the process to end, and does not wait."""
@@ -524,12 +553,25 @@ def _forget_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
-def _loaded(request: dict[str, Any]) -> Callable[[], object]:
-    """A function that runs the requested network once on the stored inputs."""
+def _read_inputs(path: str) -> list[np.ndarray]:
     from safetensors.numpy import load_file
 
-    stored = load_file(request["inputs"])
-    inputs = [stored[f"input{index}"] for index in range(len(stored))]
+    stored = load_file(path)
+    return [stored[f"input{index}"] for index in range(len(stored))]
+
+
+def _profile(request: dict[str, Any]) -> list[dict[str, Any]]:
+    """The operators of the requested artifact, as its runtime reports them."""
+    from featherweight.artifact import open_artifact
+
+    artifact = open_artifact(Path(request["folder"]))
+    inputs, target = _read_inputs(request["inputs"]), targets.find(artifact.target)
+    return [asdict(kernel) for kernel in target.profile(artifact.folder, inputs, request["threads"], request["runs"])]
+
+
+def _loaded(request: dict[str, Any]) -> Callable[[], object]:
+    """A function that runs the requested network once on the stored inputs."""
+    inputs = _read_inputs(request["inputs"])
     threads = request["threads"]
     if "folder" in request:
         from featherweight.artifact import open_artifact
@@ -570,6 +612,8 @@ def serve(requests: IO[bytes], answers: IO[bytes]) -> None:
                 assert function is not None
                 latencies, waiting = _timed(function, request["runs"])
                 answer = {"latencies_ms": latencies, "waiting_share": waiting}
+            elif request["do"] == "profile":
+                answer = {"kernels": _profile(request)}
             else:
                 answer = {"start_rss_bytes": start, "peak_rss_bytes": peak_rss_bytes()}
         except Exception as error:

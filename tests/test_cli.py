@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from featherweight import cli, passes, search, targets
+from featherweight import cli, cost_table, passes, search, targets
 from featherweight.measure import Measurement
 from tests.made_up import measurement
 from tests.test_search import QUICK
@@ -154,6 +154,34 @@ def test_compress_ends_with_files_and_a_page(tmp_path, capsys, monkeypatch):
     assert re.search(r"^infeasible: no trial keeps to the budget, max_bytes binds; the nearest is ", said, re.MULTILINE)
     # and not without being told to
     assert "--resume" in refused(capsys, *arguments)
+
+
+def test_bench_machine_measures_layers_once_and_shows_them(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FEATHERWEIGHT_CACHE", str(tmp_path))
+    monkeypatch.setattr(cost_table, "_profiled", lambda entries, *_: (dict.fromkeys(entries, 0.25), {}))
+    arguments = ("bench-machine", TINY, "--target", "onnxruntime,torch", "--threads", 1, "--batch", 2)
+    assert run(*arguments) == 0
+    said = capsys.readouterr().out
+    heads = re.findall(r"^.*gratings\.py on (\w+), 1 thread, batch 2: (\d+) shapes, (\d+) entries", said, re.MULTILINE)
+    assert [name for name, *_ in heads] == ["onnxruntime", "torch"] and "layer " in said
+    assert re.search(r"^16→64 Conv2d on \d.* int8 +0\.250 +0\.250 +0\.250 +0\.250$", said, re.MULTILINE)
+    assert run(*arguments) == 0
+    assert "(0 measured now)" in capsys.readouterr().out
+    assert len(list((tmp_path / "costs").iterdir())) == 2
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cost_table, "_profiled", interrupted)
+    assert run(*arguments[:-1], 3) == 130
+    assert f"what was measured is kept in {tmp_path}/costs" in capsys.readouterr().err
+
+
+def test_bench_machine_refuses_what_it_cannot_measure(capsys):
+    assert "the following arguments are required: WORKLOAD" in refused(capsys, "bench-machine")
+    assert "no target 'abacus'" in refused(capsys, "bench-machine", TINY, "--target", "abacus")
+    assert "no whole number above zero" in refused(capsys, "bench-machine", TINY, "--threads", 0)
+    assert "There is no file nowhere.py" in refused(capsys, "bench-machine", "nowhere.py", "--target", "torch")
 
 
 def test_on_a_terminal_there_is_a_bar_with_the_time_left(monkeypatch):

@@ -11,6 +11,7 @@ import pytest
 
 from featherweight import report, search
 from featherweight.allocation import Option
+from featherweight.cost_table import Predicted, write_predictions
 from featherweight.errors import ArtifactError
 from featherweight.recipe import Recipe
 from featherweight.trials import Budget, Settings, Trial, best_of, frontier, measurements, nearest, write_trial
@@ -323,3 +324,13 @@ def test_broken_files_are_named(tmp_path, name, text):
 def test_a_folder_without_a_search_is_refused(tmp_path):
     with pytest.raises(ArtifactError, match=r"holds no search.*--out"):
         report.write(tmp_path)
+
+
+def test_predictions_stand_beside_what_was_measured(tmp_path):
+    folder = folder_of(tmp_path / "search")
+    before = report.write(folder)[0].read_text()
+    rows = [Predicted(plain.digest, 5.4, 4.5), Predicted("f" * 16, 1.0, 1.0)]
+    write_predictions(folder / "costs.json", rows)
+    after = report.write(folder)[0].read_text()
+    assert "What the cost table predicted" in after and "What the cost table predicted" not in before
+    assert re.search(r"\| fold_batchnorm \| onnxruntime \| 5\.40 ms \| 4\.50 ms \| \+20% \|", after.replace("\\", ""))

@@ -51,6 +51,7 @@ LAYERS = (
     {
         "allocation",
         "behaviour",
+        "cost_table",
         "damage_table",
         "facts",
         "feasibility",

@@ -73,8 +73,27 @@ class Target(ABC):
         """The network in `folder`, ready to run on `threads` threads."""
 
     @abstractmethod
-    def profile(self, folder: Path, inputs: Arrays, threads: int) -> list[Kernel]:
-        """What the runtime itself reports of one run: every operator, its precision and time."""
+    def profile(self, folder: Path, inputs: Arrays, threads: int, runs: int = 3) -> list[Kernel]:
+        """What the runtime itself reports of one run, a usual one of `runs`: every operator, its precision and time.
+
+        Kernels are named after the layers whose operators they compute: the name of the layer in the network, then
+        whatever the runtime adds (`blocks.0.conv/node_Conv_3_nchwc`; `blocks_0_conv_conv2d` where dots cannot be).
+        """
+
+
+def usual(runs: Sequence[Sequence[Kernel]]) -> list[Kernel]:
+    """The operators of several runs, each with the median of its times; those of one name and kind are one.
+
+    >>> runs = [[Kernel("a", "Conv", "fp32", latency)] for latency in (9.0, 1.0, 2.0)]
+    >>> usual(runs)
+    [Kernel(name='a', kind='Conv', precision='fp32', latency_ms=2.0)]
+    """
+    times: dict[tuple[str, str, str], list[float]] = {}
+    for number, run in enumerate(runs):
+        for kernel in run:
+            key = (kernel.name, kernel.kind, kernel.precision)
+            times.setdefault(key, [0.0] * len(runs))[number] += kernel.latency_ms
+    return [Kernel(*key, float(np.median(values))) for key, values in times.items()]
 
 
 @cache

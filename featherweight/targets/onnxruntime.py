@@ -19,7 +19,7 @@ import numpy as np
 
 from featherweight.errors import ExportError
 from featherweight.onnx_pairs import COMMUTES, complete, constant, drop_unused, is_decoded, readers, replace
-from featherweight.targets import Arrays, Kernel, Runner, Target
+from featherweight.targets import Arrays, Kernel, Runner, Target, usual
 
 if TYPE_CHECKING:
     from torch import nn
@@ -62,16 +62,18 @@ class ONNXRuntime(Target):
     def load(self, folder: Path, threads: int) -> Runner:
         return _runner(_session(folder / "model.onnx", threads))
 
-    def profile(self, folder: Path, inputs: Arrays, threads: int) -> list[Kernel]:
+    def profile(self, folder: Path, inputs: Arrays, threads: int, runs: int = 3) -> list[Kernel]:
         with tempfile.TemporaryDirectory() as scratch:
             session = _session(folder / "model.onnx", threads, profile=str(Path(scratch) / "run"))
             run = _runner(session)
-            for _ in range(3):
+            for _ in range(runs):
                 run(inputs)
             events = json.loads(Path(session.end_profiling()).read_text())
-        return [
+        found = [
             _kernel(event) for event in events if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")
         ]
+        each = len(found) // runs
+        return usual([found[begin : begin + each] for begin in range(0, each * runs, each)] if each else [])
 
 
 def _session(source: Path | bytes, threads: int, profile: str = "") -> Any:
@@ -134,10 +136,10 @@ def gemms_to_matmuls(graph: Any) -> None:
         if node.attributes.get_int("transB", 0):
             steps.append(onnx_ir.node("Transpose", [weight], {"perm": [1, 0]}))
             weight = steps[0].outputs[0]
-        steps.append(onnx_ir.node("MatMul", [x, weight]))
+        steps.append(onnx_ir.node("MatMul", [x, weight], name=node.name))
         if rest and rest[0] is not None:
             bias = constant(graph, f"{rest[0].name}.negated", -rest[0].const_value.numpy())
-            steps.append(onnx_ir.node("Sub", [steps[-1].outputs[0], bias]))
+            steps.append(onnx_ir.node("Sub", [steps[-1].outputs[0], bias], name=f"{node.name}_bias"))
         replace(graph, node, steps)
 
 

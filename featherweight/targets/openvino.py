@@ -62,13 +62,13 @@ class OpenVINO(Target):
     def load(self, folder: Path, threads: int) -> Runner:
         return _runner(_core().read_model(folder / "model.xml"), threads)
 
-    def profile(self, folder: Path, inputs: Arrays, threads: int) -> list[Kernel]:
+    def profile(self, folder: Path, inputs: Arrays, threads: int, runs: int = 3) -> list[Kernel]:
         network = _core().read_model(folder / "model.xml")
         compiled = _compiled(network, tuple(array.shape for array in inputs), threads, PERF_COUNT=True)
         request = compiled.create_infer_request()
-        for _ in range(3):
+        for _ in range(runs):
             request.infer(list(inputs))
-        return [
+        return [  # the runtime's times are means over all runs
             Kernel(info.node_name, info.node_type, _arithmetic(info.exec_type), info.real_time.total_seconds() * 1e3)
             for info in request.get_profiling_info()
             if info.status == info.Status.EXECUTED

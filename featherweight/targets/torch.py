@@ -14,14 +14,14 @@ import contextlib
 import json
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from featherweight.errors import ArtifactError, ExportError
-from featherweight.targets import Arrays, Kernel, Runner, Target
+from featherweight.targets import Arrays, Kernel, Runner, Target, usual
 
 if TYPE_CHECKING:
     from torch import nn
@@ -57,6 +57,7 @@ DEEPEST_SIZE = 50
 LARGEST_SIZE = 10_000  # characters
 LARGEST_JSON = 64 << 20
 INT8_OPERATORS = ("onednn::qconv", "onednn::qlinear")
+NODE = "node "  # begins the notes in a profile that tell the node of the program
 
 
 class Torch(Target):
@@ -72,6 +73,7 @@ class Torch(Target):
 
         program = trace(model, workload.example)
         _inline_blocks(program)
+        _name_by_layer(program, model)
         _return_tuple(program)
         program._example_inputs = None  # the archive would hold them pickled
         program._guards_code = []  # Python source, which a reader would have to run
@@ -96,20 +98,9 @@ class Torch(Target):
     def load(self, folder: Path, threads: int) -> Runner:
         import torch
 
-        from featherweight.int8 import use_int8
-        from featherweight.sparse import use_sparse
         from featherweight.workload import outputs
 
-        check_archive(folder / "model.pt2")
-        try:
-            program = torch.export.load(folder / "model.pt2")
-        except RuntimeError as error:
-            raise ArtifactError(
-                f"torch cannot read {folder / 'model.pt2'}: {' '.join(str(error).split())[:200]} It was written by "
-                "another version of torch or Featherweight. Export the network again."
-            ) from error
-        names = program.call_spec.in_spec.child(1).context or ()  # of inputs given by keyword
-        network = use_sparse(use_int8(program.module()))
+        network, names = _read(folder / "model.pt2")
 
         def call(values: list[torch.Tensor]) -> object:
             return network(**dict(zip(names, values, strict=True))) if names else network(*values)
@@ -120,22 +111,55 @@ class Torch(Target):
 
         return run
 
-    def profile(self, folder: Path, inputs: Arrays, threads: int) -> list[Kernel]:
-        from torch.profiler import ProfilerActivity, profile
+    def profile(self, folder: Path, inputs: Arrays, threads: int, runs: int = 3) -> list[Kernel]:
+        import torch
+        from torch.profiler import ProfilerActivity, profile, record_function
 
-        run = self.load(folder, threads)
-        run(inputs)
-        with profile(activities=[ProfilerActivity.CPU]) as profiler:
-            run(inputs)
-        return [
-            Kernel(
-                event.key,
-                event.key,
-                "int8" if event.key.startswith(INT8_OPERATORS) else "fp32",
-                event.self_cpu_time_total / 1e3,
-            )
-            for event in profiler.key_averages()
-        ]
+        class Noting(torch.fx.Interpreter):
+            """Runs a program node by node, with a note in the profile of where each begins and ends."""
+
+            def run_node(self, n: torch.fx.Node) -> Any:
+                with record_function(NODE + n.name):
+                    return super().run_node(n)
+
+        network, _ = _read(folder / "model.pt2")
+        found, values = [], [torch.from_numpy(array) for array in inputs]
+        with _threads(threads), torch.inference_mode():
+            run = Noting(network).run
+            run(*values, enable_io_processing=False)
+            for _ in range(runs):
+                with profile(activities=[ProfilerActivity.CPU]) as profiler:
+                    run(*values, enable_io_processing=False)
+                found.append([_kernel(event) for event in profiler.events() if not event.name.startswith(NODE)])
+        return usual(found)
+
+
+def _kernel(event: Any) -> Kernel:
+    """An operator that torch ran, named after the node of the program that it is a part of."""
+    node = event
+    while node.cpu_parent is not None:
+        node = node.cpu_parent
+    precision = "int8" if event.name.startswith(INT8_OPERATORS) else "fp32"
+    return Kernel(node.name.removeprefix(NODE), event.name, precision, event.self_cpu_time_total / 1e3)
+
+
+def _read(path: Path) -> tuple[Any, Sequence[str]]:
+    """The program in a file, as it is to run, and the names of inputs where they are given by keyword."""
+    import torch
+
+    from featherweight.int8 import use_int8
+    from featherweight.sparse import use_sparse
+
+    check_archive(path)
+    try:
+        program = torch.export.load(path)
+    except RuntimeError as error:
+        raise ArtifactError(
+            f"torch cannot read {path}: {' '.join(str(error).split())[:200]} It was written by "
+            "another version of torch or Featherweight. Export the network again."
+        ) from error
+    names = program.call_spec.in_spec.child(1).context or ()
+    return use_sparse(use_int8(program.module())), names
 
 
 @contextlib.contextmanager
@@ -198,6 +222,18 @@ def _inline(graph: Any, call: Any, body: Any, arguments: list[Any]) -> dict[str,
         graph.erase_node(user)
     graph.erase_node(call)
     return names
+
+
+def _name_by_layer(program: Any, model: nn.Module) -> None:
+    """Nodes are named after their layer, so that a profile tells where time goes."""
+    layers = {name for name, _ in model.named_modules() if name}
+    for node in program.graph.nodes:
+        stack = list((node.meta.get("nn_module_stack") or {}).values())
+        layer = stack[-1][0] if stack else ""
+        if layer in layers and node.op == "call_function":
+            before = node.name
+            node._rename(re.sub(r"\W", "_", f"{layer}_{before}"))
+            program.graph_signature.replace_all_uses(before, node.name)
 
 
 def _return_tuple(program: Any) -> None:
