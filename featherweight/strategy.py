@@ -34,7 +34,7 @@ FINALISTS = 3  # at most, the shapes that are distilled for long, two of them at
 SHORT, LONG = 0.5, 2.0  # how long shapes and finalists are distilled, over `Facts.epochs`
 TEACHINGS = ("distill_soft", "distill_hard", "distill_features")  # of which one is chosen by what it recovers
 HOPELESS = 2.0  # times the cost of the best target, uncompressed: int8 is not tried there
-NORMED_LR, PLAIN_LR = 0.005, 0.001  # with batch norms, which make rescaled weights harmless, and without
+NORMED_LR, PLAIN_LR = 0.005, 0.001  # of networks with batch norms, also once those are folded (LOG.md), and without
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,14 @@ class Facts:
         return (*shape, *(step if isinstance(step, Pass) else _step(step) for step in (*fold, *names)))
 
     def distil(self, length: float = 1.0, shape: Shape | None = None, teaching: str = TEACHINGS[0]) -> Pass:
-        """The distillation of a shape or, without one, of numbers, when batch norms are folded already.
+        """The distillation of a shape or, without one, of numbers.
 
         A smaller network takes more steps in the same time: of four parts of the arithmetic of a step one is the
         teacher's, and three are the candidate's.
         """
         kept = 1.0 if shape is None else (1 - shape.share) * (1 - self.lost(shape))
         epochs = float(f"{length * self.epochs * 4 / (1 + 3 * kept):.2g}")
-        return _step(teaching, epochs=epochs, lr=NORMED_LR if self.folds and shape is not None else PLAIN_LR)
+        return _step(teaching, epochs=epochs, lr=NORMED_LR if self.folds else PLAIN_LR)
 
     def lost(self, shape: Shape) -> float:
         """The share of the blocks that a shape lacks."""

@@ -177,17 +177,6 @@ def test_int8_that_loses_too_much_is_trained():
     assert words(trials)[4].endswith(f"quantize_static + distill_soft on {TARGET}") and shares(trials)[0] == 0.2667
 
 
-def test_numbers_are_trained_at_the_rate_of_networks_without_norms_for_those_are_folded():
-    trials = played(FACTS, Budget(0.01), World(static_drop=0.05))
-    rates = {
-        "prune_channels" in in_words(trial.recipe): {
-            s.settings()["lr"] for s in trial.recipe.steps if "distill" in s.name()
-        }
-        for trial in trials[3:6]
-    }
-    assert rates[False] == {strategy.PLAIN_LR} and strategy.NORMED_LR in rates[True]
-
-
 def test_where_training_does_not_help_milder_numbers_are_tried():
     world = World(static_drop=0.05, trained_drop=0.05)
     found = words(played(FACTS, Budget(0.01), world))
