@@ -8,6 +8,9 @@ import functools
 import pytest
 
 
+collect_ignore = ["mortal.py"]  # a workload that imports its neighbour, as workloads may
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _operators_are_read_once():
     """torch's ONNX exporter parses the source of 500 operators at every export, which takes half of its time."""
