@@ -7,7 +7,6 @@ import functools
 
 import pytest
 
-
 collect_ignore = ["mortal.py"]  # a workload that imports its neighbour, as workloads may
 
 
