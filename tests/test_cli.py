@@ -139,7 +139,9 @@ def test_compress_ends_with_files_and_a_page(tmp_path, capsys, monkeypatch):
     assert re.search(r"^latency of the original over this .*\(.* to .*\)", said, re.MULTILINE)
     assert re.search(r"^peak memory ", said, re.MULTILINE) and re.search(r"^seconds +\w", said, re.MULTILINE)
     assert f"artifact  {out}/best" in said and f"report    {out}/report.html" in said
-    assert len(meanwhile.splitlines()) == 4  # the original and three trials, one quiet line each
+    told = ["the original", "compressing is", *["fold_batchnorm"] * 2, *["prune_channels"] * 2, "it runs best"]
+    lines = [re.sub(r"^ *\d+ s +", "", line) for line in meanwhile.splitlines()]
+    assert len(lines) == len(told) and all(map(str.startswith, lines, told)), lines  # one quiet line each
     assert {path.name for path in out.iterdir()} == {
         *("baseline.json", "best", "recipe.yaml", "report.html", "report.md", "result.json", "trials")
     }
@@ -286,6 +288,8 @@ def test_places_that_cannot_be_used(tmp_path, capsys):
     for out, message in [(note, "is a file"), (note / "out", "cannot be written"), (tmp_path, "not empty")]:
         said = refused(capsys, "compress", tmp_path / "never.py", *COMPRESS, "--out", out)
         assert message in said
+    said = refused(capsys, "compress", tmp_path / "never.py", *COMPRESS, "--pool", "sea", "--out", tmp_path / "new")
+    assert "no pool 'sea'" in said and not (tmp_path / "new").exists()
     said = refused(capsys, "compress", tmp_path / "never.py", *COMPRESS, "--resume", "--out", tmp_path)
     assert "no search to go on with" in said
     assert note.read_text() == "mine"
