@@ -1,7 +1,7 @@
 """How well the cost table of this machine predicts whole networks: predicted and measured milliseconds side by side.
 
     python benchmarks/costs.py [image text] [--target onnxruntime,openvino] [--threads 2] [--batch 1]
-        [--shares 0.3,0.5] [--json out/costs.json]
+        [--shares 0.3,0.5] [--anew] [--json out/costs.json]
 
 For each workload and target: the network as it is, in int8, in weights of 4 bits, and with shares of its channels
 removed, in floats and in int8. Nothing is trained, for the time does not depend on it. Predictions are shown twice.
@@ -29,6 +29,7 @@ from featherweight.cost_table import CostTable, Estimate, corrected_ms, correcti
 from featherweight.errors import ExportError, LayerError
 from featherweight.measure import machine, physical_cores, timing_inputs
 from featherweight.passes import Pass
+from featherweight.progress import Progress
 from featherweight.recipe import Recipe, compress_model
 from featherweight.timing import Subject, interleave, latency
 from featherweight.workload import Workload, load
@@ -89,6 +90,11 @@ def compared(workload: Workload, table: CostTable, shares: Sequence[float], fold
     ]
 
 
+class Lines(Progress):
+    def line(self, text: str) -> None:
+        print(f"    {text}", flush=True)
+
+
 def show(rows: Sequence[dict[str, Any]]) -> None:
     for row in rows:
         print(
@@ -111,6 +117,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=physical_cores())
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--shares", default="0.3,0.5", help="of the channels that are removed")
+    parser.add_argument("--anew", action="store_true", help="measure the tables again")
     parser.add_argument("--json", type=Path, default=Path("out/costs.json"))
     chosen = parser.parse_args()
     shares = [float(share) for share in chosen.shares.split(",") if share]
@@ -119,7 +126,8 @@ def main() -> None:
         workload = load(name if name.endswith(".py") else str(EXAMPLES / f"{name}.py"))
         for target in chosen.target.split(","):
             begin = time.monotonic()
-            table = cost_table(workload, target, threads=chosen.threads, batch=chosen.batch)
+            settings = {"threads": chosen.threads, "batch": chosen.batch, "anew": chosen.anew}
+            table = cost_table(workload, target, progress=Lines(), **settings)
             seconds = time.monotonic() - begin
             print(f"{name} on {target}: {len(table.own)} shapes, {table.fresh} entries measured, {seconds:.0f} s")
             with tempfile.TemporaryDirectory(prefix="featherweight-") as scratch:

@@ -131,6 +131,7 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("--target", default="auto", metavar="auto|NAME[,NAME]", help="where they are to run (auto)")
     add.add_argument("--threads", type=_whole, metavar="N", help="of a layer that is timed (the processor's cores)")
     add.add_argument("--batch", type=_whole, default=1, metavar="N", help="of the inputs that are timed (1)")
+    add.add_argument("--anew", action="store_true", help="measure again what was measured, on a busy machine say")
 
     add = commands.add_parser("verify", help="check an artifact's digests and its test vectors; exit 0 or 1")
     add.set_defaults(command=verify)
@@ -328,9 +329,8 @@ def bench_machine(chosen: argparse.Namespace) -> int:
             loaded = workload.load(spec)
             for name in names:
                 begin = time.monotonic()
-                table = cost_table.cost_table(
-                    loaded, name, threads=threads or physical_cores(), batch=chosen.batch, progress=say
-                )
+                settings = {"threads": threads or physical_cores(), "batch": chosen.batch, "anew": chosen.anew}
+                table = cost_table.cost_table(loaded, name, progress=say, **settings)
                 _tell_costs(spec, table, time.monotonic() - begin)
     except KeyboardInterrupt:
         print(f"what was measured is kept in {cost_table.cache_folder()}", file=sys.stderr)

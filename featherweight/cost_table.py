@@ -40,7 +40,7 @@ from featherweight.measure import machine, timing_inputs
 from featherweight.progress import Progress
 from featherweight.recipe import Recipe
 from featherweight.surgery import CONVOLUTIONS, RecurrentWeight, encoding_of, input_quantizer
-from featherweight.timing import profiled
+from featherweight.timing import BUSY, profiled
 from featherweight.workload import Workload, like
 
 FORMAT = 1  # of the files, and of what is measured: another number, another file
@@ -419,6 +419,7 @@ def cost_table(
     threads: int,
     batch: int = 1,
     model: nn.Module | None = None,
+    anew: bool = False,
     progress: Progress | None = None,
 ) -> CostTable:
     """The times of all layers of a network on a target, at its own and at narrower widths: from the cache, or measured.
@@ -431,6 +432,7 @@ def cost_table(
         threads: of the runs.
         batch: of the example's rows that a run reads.
         model: another network for the same inputs, such as one that a recipe factorized.
+        anew: whether what lies in the cache is measured again, because the machine was busy then, say.
         progress: told what goes on.
 
     Raises:
@@ -453,11 +455,11 @@ def cost_table(
     shapes = dict.fromkeys(narrow for shape in own for narrow in candidates(shape, multiple))
     wanted = [(precision, shape) for precision in PRECISIONS for shape in shapes]
     cache = _Cache(cache_folder() / f"{target}-{_digest(key := _key(target, threads, batch))}.json", key, say)
-    missing = [entry for entry in wanted if _text(entry) not in cache]
+    missing = [entry for entry in wanted if anew or _text(entry) not in cache]
     for done, chunk in _chunks(missing):
         say.count(len(wanted) - len(missing) + done, len(wanted))
         say.stage(f"{target}: layers in {chunk[0][0]}")
-        cache.add(*_measured(chunk, target, threads, batch))
+        cache.add(*_measured(chunk, target, threads, batch, say))
     say.count(len(wanted), len(wanted))
     entries, left = cache.of(wanted)
     return CostTable(target, threads, batch, own, entries, left, len(missing))
@@ -538,21 +540,24 @@ class _Bench(nn.Module):
         return tuple(entry(views[entry.convolves, entry.reads]).reshape(x.shape[0], -1) for entry in entries)
 
 
-def _measured(entries: Sequence[Key], target: str, threads: int, batch: int) -> tuple[dict[Key, float], dict[Key, str]]:
+Found = tuple[dict[Key, float], dict[Key, str]]  # times, and why there are none
+
+
+def _measured(entries: Sequence[Key], target: str, threads: int, batch: int, say: Progress) -> Found:
     """The times of layers of one precision, and why others have none: where all fail together, each half by itself."""
     try:
-        return _profiled(entries, target, threads, batch)
+        return _profiled(entries, target, threads, batch, say)
     except (ExportError, ArtifactError, LayerError, RecipeError) as error:
         if isinstance(error.__cause__, OSError):  # the disk is full, say
             raise
         if len(entries) == 1:
             return {}, {entries[0]: " ".join(str(error).split())[:300]}
     half = len(entries) // 2
-    parts = [_measured(part, target, threads, batch) for part in (entries[:half], entries[half:])]
+    parts = [_measured(part, target, threads, batch, say) for part in (entries[:half], entries[half:])]
     return {**parts[0][0], **parts[1][0]}, {**parts[0][1], **parts[1][1]}
 
 
-def _profiled(entries: Sequence[Key], target: str, threads: int, batch: int) -> tuple[dict[Key, float], dict[Key, str]]:
+def _profiled(entries: Sequence[Key], target: str, threads: int, batch: int, say: Progress) -> Found:
     with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory(prefix="featherweight-") as scratch:
         torch.manual_seed(0)
         model = _Bench([shape for _, shape in entries]).eval()
@@ -560,7 +565,13 @@ def _profiled(entries: Sequence[Key], target: str, threads: int, batch: int) -> 
         steps = tuple(passes.build(name, settings, "the cost table") for name, settings in PRECISIONS[entries[0][0]])
         recipe = Recipe(steps, target)
         artifact = build(recipe, Workload(model, rows, [rows], lambda predict: 0.0), Path(scratch) / "layers")
-        kernels = profiled(artifact.folder, [rows[0][:batch].numpy()], threads=threads, runs=RUNS, calls=CALLS)
+        inputs = [rows[0][:batch].numpy()]
+        kernels, waited = profiled(artifact.folder, inputs, threads=threads, runs=RUNS, calls=CALLS)
+    if waited > BUSY:
+        say.line(
+            f"other programs kept the processors busy: {len(entries)} layers on {target} waited {waited:.0%} of their "
+            "time, which may be too long in the table; measure again on a quiet machine with --anew (anew=True)"
+        )
     spent: dict[int, float] = defaultdict(float)
     for kernel in kernels:
         if part := KERNEL.match(kernel.name):

@@ -28,14 +28,13 @@ from featherweight import targets
 from featherweight.artifact import Artifact, build, count_parameters, versions_of
 from featherweight.errors import ArtifactError, ExportError, WorkloadError
 from featherweight.recipe import Recipe
-from featherweight.timing import Interval, Subject, interleave, latency, ratio
+from featherweight.timing import BUSY, Interval, Subject, interleave, latency, ratio
 from featherweight.workload import Predict, Workload, call, like, outputs, predictor, scores, tensors
 
 ORIGINAL, CONTROL, ARTIFACT, RUNTIME = "original", "control", "artifact", "runtime"
 RESAMPLES = 4000
 FEW_EXAMPLES = 300
 NOISY = 0.10  # width of the control's interval
-BUSY = 0.05  # share of time spent waiting for a processor
 ROUNDING = 1e-4  # relative error below which outputs differ by the order of additions alone
 FIDELITY_BATCHES = 8
 FIDELITY_VALUES = 32_000_000  # of outputs that are kept in memory

@@ -38,6 +38,7 @@ from featherweight.cost_table import cost_table as table_of
 from featherweight.errors import ArtifactError, BudgetError, LayerError, TargetError
 from featherweight.progress import Progress
 from featherweight.recipe import Recipe, compress_model
+from featherweight.targets import Kernel
 from featherweight.testing import networks
 from featherweight.workload import Workload
 
@@ -309,6 +310,17 @@ def test_what_a_profile_does_not_name_lies_between_the_layers(twice, unmeasured,
     table = table_of(twice, "onnxruntime", threads=1)
     estimate = table.estimate(twice.model, twice)
     assert estimate.layers_ms == 0 and fitted([(estimate, 2.0)]).latency_ms(estimate) == pytest.approx(2.0)
+
+
+def test_what_was_measured_on_a_busy_machine_is_told_and_can_be_measured_anew(cache, floats, monkeypatch):
+    head, told = workload_of(nn.Linear(4, 2), 4), Told()
+    shares = iter((0.4, 0.0))
+    kernels = [Kernel("entry0.layer/node_linear", "Gemm", "fp32", 2.0), Kernel("entry0.reader/x", "Gemm", "fp32", 9.0)]
+    monkeypatch.setattr(cost_table, "profiled", lambda *_, **__: (kernels, next(shares)))
+    for anew, fresh in ((False, 1), (False, 0), (True, 1)):
+        table = table_of(head, "torch", threads=1, anew=anew, progress=told)
+        assert table.fresh == fresh and list(table.entries.values()) == [2.0]
+    assert len(told.lines) == 1 and "1 layers on torch waited 40%" in told.lines[0] and "--anew" in told.lines[0]
 
 
 BROKEN = {"cut off": "{", "no object": "[]", "no entries": '{"key": 1}', "no time": None}
