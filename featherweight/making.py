@@ -123,8 +123,7 @@ def made_elsewhere(order: Order) -> Made:
             if order.files:
                 write_artifact(order.files, folder)
             made = make(replace(order, folder=folder), workload, originals, watch)
-            files = {path.name: path.read_bytes() for path in folder.iterdir()} if made.artifact else {}
-            return replace(made, artifact=None, files=files)
+            return replace(made, artifact=None, files=_files_of(made.artifact) if made.artifact else {})
     except OSError as error:
         raise _plain(error) from None
 
@@ -211,6 +210,10 @@ def _own_folder(order: Order) -> Iterator[Path]:
             shutil.rmtree(path, ignore_errors=True)
         with contextlib.suppress(OSError):  # another process of this search is at work there
             home.rmdir()
+
+
+def _files_of(artifact: Artifact) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in artifact.folder.iterdir()}
 
 
 def _plain(error: OSError) -> OSError:

@@ -286,6 +286,8 @@ def test_places_that_cannot_be_used(tmp_path, capsys):
     for out, message in [(note, "is a file"), (note / "out", "cannot be written"), (tmp_path, "not empty")]:
         said = refused(capsys, "compress", tmp_path / "never.py", *COMPRESS, "--out", out)
         assert message in said
+    said = refused(capsys, "compress", tmp_path / "never.py", *COMPRESS, "--pool", "sea", "--out", tmp_path / "new")
+    assert "no pool 'sea'" in said and not (tmp_path / "new").exists()
     said = refused(capsys, "compress", tmp_path / "never.py", *COMPRESS, "--resume", "--out", tmp_path)
     assert "no search to go on with" in said
     assert note.read_text() == "mine"
