@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from featherweight import checkpoints, cli, facts, passes, progress, search
+from featherweight import checkpoints, cli, facts, making, passes, progress, search
 from featherweight.artifact import open_artifact
 from featherweight.checkpoints import kept_in
 from featherweight.errors import ArtifactError
@@ -155,8 +155,8 @@ def searched(folder: Path) -> list:
     settings = search.Settings(0, 1, 1, facts.fingerprint(loaded))
     trial = search._Search(loaded, search.Budget(0.1), folder, settings, progress.Progress())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "build", lambda recipe, *_, **__: made.append(compress_model(recipe, loaded)[0]))
-        trial._built(recipe, progress.Stopwatch(progress.Progress()))
+        patch.setattr(making, "build", lambda recipe, *_, **__: made.append(compress_model(recipe, loaded)[0]))
+        trial._built(recipe)
     return state(made[0])
 
 
