@@ -344,10 +344,15 @@ def _called(call: Call) -> Any:
 
 def _in_our_words(error: BaseException) -> BaseException:
     """What the function raised, or that its worker was lost."""
-    from ray.exceptions import RayError, RayTaskError
+    from ray.exceptions import RayError, RaySystemError, RayTaskError
 
     if isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
-        return error.cause
+        error = error.cause
+    if isinstance(error, RaySystemError):
+        return TargetError(
+            f"A Ray worker cannot read what it is to do: {str(error).splitlines()[0][:300]}. Install the same version "
+            "of Featherweight on every machine of the cluster."
+        )
     if isinstance(error, RayError):
         return ProcessError(f"{LOST} Ray says: {' '.join(str(error).split())[:300]}")
     return error

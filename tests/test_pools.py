@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -226,6 +227,15 @@ def test_a_ray_that_was_there_stays(cluster):
         assert pool.far and pool.workers == 2
         assert pool.submit(about_me, 1).result()[0] == 1
     assert ray.is_initialized()
+
+
+def test_a_worker_that_lacks_the_code_says_what_to_install(cluster, monkeypatch):
+    """A function of a module that is not on its path."""
+    nowhere = types.ModuleType("nowhere")
+    exec("def errand():\n    return 1", vars(nowhere))
+    monkeypatch.setitem(sys.modules, "nowhere", nowhere)
+    with open_pool("ray") as pool, pytest.raises(TargetError, match=r"No module named 'nowhere'.*on every machine"):
+        pool.submit(nowhere.errand).result()
 
 
 # ------------------------------------------------------------------------------------------------ searches
