@@ -60,9 +60,10 @@ def out_of_reach(budget: Budget, original: Baseline, plain: Sequence[Measurement
 
 
 def predicted_ram(workload: Workload) -> int:
-    """The bytes that this process will hold at most while it compresses the workload's network.
+    """About the bytes that this process will hold at most while it compresses the workload's network.
 
     What it holds already, weights as often as training keeps them, and what a training batch leaves for the way back.
+    Not counted are what a pass needs beside training, and memory that was freed and not given back (LOG.md).
     """
     first = workload.calibration[0] if workload.train is None else next(iter(workload.train), None)
     rows = batch_size(first)

@@ -256,6 +256,7 @@ def _name_by_layer(graph_model: onnx_ir.Model, model: nn.Module) -> None:
     """
     ends, layers = {*graph_model.graph.inputs, *graph_model.graph.outputs}, {name for name, _ in model.named_modules()}
     for node in graph_model.graph:
+        # the exporter's own note of a moment ago, as text of a list; literals only, so that nothing in it is run
         scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
         layer = scopes[-2] if len(scopes) > 1 else ""
         if layer and layer in layers and node.name:

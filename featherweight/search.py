@@ -417,8 +417,8 @@ class _Search:
 
     def _seconds_of(self, recipes: Sequence[Recipe], workers: int) -> float:
         """How long trying them takes, by what each stage took at most before: side by side, but for the timing."""
-        timing, judging = self._longest("measure"), self._longest("judge")
-        making = max(seconds_of(recipe, self.trials) for recipe in recipes) - timing + judging
+        timing = self._longest("measure")
+        making = max(seconds_of(recipe, self.trials) for recipe in recipes) - timing
         return making * math.ceil(len(recipes) / workers) + timing * len(recipes)
 
     def _seconds_of_final(self) -> float:

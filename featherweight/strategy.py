@@ -290,7 +290,7 @@ def seconds_of(recipe: Recipe, trials: Sequence[Trial]) -> float:
 
 def _amounts(recipe: Recipe) -> Counter[str]:
     """How much of each stage there is in a trial: how often a pass comes, of distillations the epochs."""
-    found: Counter[Any] = Counter(dict.fromkeys(("export", "measure"), 1))
+    found: Counter[Any] = Counter(dict.fromkeys(("export", "judge", "measure"), 1))
     for step in recipe.steps:
         found[_stage(step.name())] += step.settings().get("epochs", 1)
     return found
