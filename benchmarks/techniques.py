@@ -49,13 +49,6 @@ STRENGTHS: dict[str, list[dict[str, Any]]] = {
     "prune_magnitude": [*SHARES, {"share": 0.5, "scope": "global"}],
     "prune_wanda": SHARES,
     "prune_sparsegpt": [*SHARES, {"share": 0.5, "pattern": "2:4"}],
-    "prune_channels": [
-        *(
-            {"share": share, "importance": kind}
-            for kind in ("random", "magnitude", "taylor", "joint")
-            for share in (0.1, 0.2)
-        ),
-    ],
     "prune_heads": [{"share": 0.1}, {"share": 0.25}],
     "drop_layers": [{"share": 0.17}, {"share": 0.34}],
     "factorize_svd": [{"share": 0.7}, {"share": 0.5}, {"share": 0.5, "whiten": False}],
@@ -78,7 +71,8 @@ STRENGTHS: dict[str, list[dict[str, Any]]] = {
 }
 STEPS = {"image": (60, 240), "text": (25, 100), "speech": (10, 40)}  # of passes that teach
 FOLLOWED = {"equalize_layers": "quantize_fixed", "smooth_activations": "quantize_static"}  # of use for others alone
-REPAIRED = {"share": 0.2, "importance": "taylor"}  # of prune_channels
+CHANNELS = {"image": 0.2, "text": 0.2, "speech": 0.1}  # shares of prune_channels that leave something to compare
+IMPORTANCES = ("random", "magnitude", "taylor", "joint")
 TEACHING = ("distill_",)
 DRAWS = 3  # of what is drawn at random: the score is the mean, bytes and ratios are those of the last
 FIRST_FOLDED = ("quantize_", "cluster_", "compand_", "scale_", "prune_", "factorize_", *FOLLOWED)
@@ -122,17 +116,20 @@ def recipes(workload: Workload, name: str, wanted: list[str]) -> Iterator[tuple[
     """What each row is called, and its steps; the original first."""
     has_norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in workload.model.modules())
     fold = (build("fold_batchnorm", {}, "fold"),) if has_norms else ()
+    share = CHANNELS[name]
+    halved = [{"share": part, "importance": kind} for kind in IMPORTANCES for part in (share / 2, share)]
+    strengths = {**STRENGTHS, "prune_channels": halved}
     yield "the original", ()
     for kind in wanted:
         if kind.startswith(TEACHING):
-            before = build("prune_channels", REPAIRED, "repaired")
+            before = build("prune_channels", {"share": share, "importance": "taylor"}, "repaired")
             for steps in STEPS[name]:
                 settings = {"steps": steps, "lr": 0.005 if has_norms else 0.001, "epochs": 1.0}
-                yield f"prune_channels share 0.2 + {kind} steps {steps}", (before, build(kind, settings, kind))
+                yield f"prune_channels share {share} + {kind} steps {steps}", (before, build(kind, settings, kind))
             continue
         first = fold if kind.startswith(FIRST_FOLDED) and kind != "prune_channels" else ()
         after = [FOLLOWED[kind]] if kind in FOLLOWED else []
-        for settings in STRENGTHS.get(kind, [{}]):
+        for settings in strengths.get(kind, [{}]):
             steps = (*first, build(kind, settings, kind), *(build(name, {}, name) for name in after))
             yield " + ".join([said(kind, settings), *after]), steps
 
