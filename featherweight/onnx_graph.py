@@ -220,7 +220,7 @@ def _simplify(graph_model: onnx_ir.Model, kept: Collection[str]) -> None:
 
     with _quiet():
         optimizer.optimize_ir(graph_model, should_fold=should_fold)
-        RewritePass([_rounding_before_padding()])(graph_model)
+        RewritePass([_rounding_before_padding(), _attention_without_guard()])(graph_model)
         RewritePass([fuse_pad_into_conv_rule])(graph_model)
         common.DeduplicateInitializersPass(size_limit=1 << 40)(graph_model)
         common.CommonSubexpressionEliminationPass()(graph_model)
@@ -247,6 +247,32 @@ def _rounding_before_padding() -> Any:
         return found if zero.const_value is not None and zero.const_value.numpy() == 0 else found.fail("not zeros")
 
     return pattern.RewriteRule(after, before, zeros)
+
+
+def _attention_without_guard() -> Any:
+    """The rule that no weights of attention are compared with NaN where a mask of yes and no lets none come about.
+
+    The exporter masks with the lowest number, not with −∞, and guards against rows that are masked whole all the same;
+    OpenVINO 2026.4 computes attention in one kernel only without the guard.
+    """
+    from onnxscript.rewriter import MatchResult, pattern
+
+    free = {"_allow_other_attributes": True}
+
+    def guarded(op, scores, bias, instead):  # type: ignore[no-untyped-def]
+        weights = op.Softmax(op.Add(scores, bias), _outputs=["weights"], **free)
+        return op.Where(op.IsNaN(weights), instead, weights)
+
+    def bare(op, scores, bias, weights, **_):  # type: ignore[no-untyped-def]
+        return op.Softmax(op.Add(scores, bias), axis=weights.producer().attributes["axis"].as_int())
+
+    def finite(context, bias, **_):  # type: ignore[no-untyped-def]
+        mask = bias.producer()
+        values = [] if mask is None or mask.op_type != "Where" else [value.const_value for value in mask.inputs[1:]]
+        known = bool(values) and all(value is not None and np.isfinite(value.numpy()).all() for value in values)
+        return MatchResult() if known else MatchResult().fail("the mask may hold −∞")
+
+    return pattern.RewriteRule(guarded, bare, finite)
 
 
 def _name_by_layer(graph_model: onnx_ir.Model, model: nn.Module) -> None:

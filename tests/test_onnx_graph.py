@@ -30,3 +30,33 @@ def test_views_of_turned_tensors_are_exported():
     model, x = Biased().eval(), torch.randn(2, 8, 16)
     network = to_onnx(model, Workload(model, (x,), [(x,)], lambda predict: 0.0))
     assert [value.name for value in network.graph.inputs] == list(input_names(model, (x,)))
+
+
+class Masked(nn.Module):
+    """Attention that leaves out what a mask of yes and no says."""
+
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Linear(16, 16)
+
+    def forward(self, x, mask):
+        q = x.view(-1, 8, 2, 8).transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, q, q, attn_mask=(mask > 0)[:, None, None].expand(x.shape[0], 2, 8, 8))
+        return self.out(y.transpose(1, 2).contiguous().reshape(-1, 8, 16))
+
+
+@pytest.mark.filterwarnings("ignore")  # of the exporter
+def test_masked_attention_is_exported_without_a_guard_that_keeps_runtimes_from_fusing_it():
+    ort = pytest.importorskip("onnxruntime")
+    import onnx_ir
+
+    from featherweight.onnx_graph import to_onnx
+
+    x, mask = torch.randn(2, 8, 16), torch.tensor([[1.0] * 8, [1.0] * 3 + [0.0] * 5])
+    model = Masked().eval()
+    network = to_onnx(model, Workload(model, (x, mask), [(x, mask)], lambda predict: 0.0))
+    assert not [node for node in network.graph if node.op_type == "IsNaN"]
+    session = ort.InferenceSession(onnx_ir.to_proto(network).SerializeToString())
+    run = lambda mask: torch.from_numpy(session.run(None, {"x": x.numpy(), "mask": mask.numpy()})[0])  # noqa: E731
+    torch.testing.assert_close(run(mask), model(x, mask).detach(), rtol=1e-4, atol=1e-5)
+    assert run(torch.zeros_like(mask)).isfinite().all()

@@ -569,3 +569,24 @@ def test_linear_layers_that_lie_the_other_way_round_become_linear_layers():
     assert [type(layer) for layer in model] == [nn.Linear, nn.GELU, nn.Linear]
     assert model[0].weight.shape == (6, 8) and not model[0].training
     torch.testing.assert_close(model(x), wanted)
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.seen = nn.Linear(8, 8), []
+
+    def forward(self, x):
+        q = self.linear(x)
+        y = nn.functional.scaled_dot_product_attention(q, q, value=q)
+        self.seen = [q.dtype, y.dtype]
+        return y
+
+
+def test_in_bfloat16_attention_stays_in_floats_whose_gradients_are_faster_on_a_processor():
+    model = Attention()
+    with surgery.computing_in("bfloat16", model, torch.device("cpu")):
+        assert model(torch.randn(2, 4, 8)).dtype == torch.float32
+    assert model.seen == [torch.bfloat16, torch.float32]
+    model(torch.randn(2, 4, 8))
+    assert model.seen == [torch.float32, torch.float32]
