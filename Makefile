@@ -1,7 +1,8 @@
 # Everything runs in .venv, which is made on first use. Any Python from 3.11 on will do: make demo PYTHON=python3.12
-PYTHON   ?= python3
-WORKLOAD ?= image
-MAX_DROP ?= 0.01
+PYTHON    ?= python3
+WORKLOAD  ?= image
+MAX_DROP  ?= 0.01
+PROCESSES ?= 2
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
@@ -11,7 +12,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 
 help:
 	@echo "make demo     compress a workload: WORKLOAD=image|text|speech|image_mobile MAX_DROP=$(MAX_DROP)"
-	@echo "make test     lint, type check, tests and doctests: all that CI runs"
+	@echo "make test     lint, type check, tests and doctests, in PROCESSES=$(PROCESSES) processes: all that CI runs"
 	@echo "make lint     ruff and mypy only"
 	@echo "make format   rewrite the code as ruff wants it"
 	@echo "make bench    the side-by-side runs in benchmarks/, one by one"
@@ -21,7 +22,7 @@ demo: .venv/.stamp-demo
 	$(BIN)/featherweight compress examples/$(WORKLOAD).py --max-drop $(MAX_DROP) --out out/$(WORKLOAD)
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist worksteal
 
 lint: .venv/.stamp-dev
 	$(BIN)/ruff check .

@@ -581,6 +581,9 @@ def _is_bfloat16(value: Any) -> bool:
 # ------------------------------------------------------------------------------------------------ blocks
 
 
+KEPT = "featherweight_kept"  # of a container that lost blocks: what those left are called in the original
+
+
 @dataclass(frozen=True)
 class Block:
     """The child called `child` of the container called `container`, by their names in the original network."""
@@ -608,18 +611,42 @@ def blocks(model: nn.Module) -> Iterator[Block]:
 
 
 def without(model: nn.Module, gone: Sequence[Block]) -> nn.Module:
-    """A copy of `model` in which the blocks are no longer in their containers."""
+    """A copy of `model` in which the blocks are no longer in their containers, which know which they kept."""
     copied = copy.deepcopy(model)
     # all are found before any is changed, for names change with what is removed before them
-    containers = {block.container: copied.get_submodule(block.container) for block in gone}
+    containers: dict[str, Any] = {block.container: copied.get_submodule(block.container) for block in gone}
     for name, container in containers.items():
         doomed = {block.child for block in gone if block.container == name}
-        kept = [child for key, child in container.named_children() if key not in doomed]
-        for key in list(container._modules):
-            del container._modules[key]
-        for index, child in enumerate(kept):
+        before = getattr(container, KEPT, list(container._modules))
+        kept = [
+            (first, child)
+            for first, (key, child) in zip(before, container.named_children(), strict=True)
+            if key not in doomed
+        ]
+        container._modules.clear()
+        for index, (_, child) in enumerate(kept):
             container.add_module(str(index), child)
+        setattr(container, KEPT, [first for first, _ in kept])
     return copied
+
+
+def counterparts(model: nn.Module, original: nn.Module) -> dict[str, str]:
+    """By the name of a block in a container of `model` that lost some: the block in `original` that ends where it does.
+
+    That is the one before the next that was kept: what a block of `model` returns, the same block reads next as in
+    `original`. The last of all for the last.
+    """
+    found: dict[str, str] = {}
+    theirs = dict(original.named_modules())
+    for name, container in model.named_modules():
+        kept, all_ = getattr(container, KEPT, []), list(theirs[name]._modules) if name in theirs else []
+        if kept and set(kept) <= set(all_) and len(kept) == len(container._modules):
+            ends = [all_[all_.index(following) - 1] for following in kept[1:]] + all_[-1:]
+            found |= {
+                f"{name}.{own}".lstrip("."): f"{name}.{end}".lstrip(".")
+                for own, end in zip(container._modules, ends, strict=True)
+            }
+    return found
 
 
 def landmarks(model: nn.Module) -> list[str]:
@@ -643,18 +670,20 @@ def _composed(module: nn.Module) -> bool:
 
 
 def unlike(model: nn.Module, original: nn.Module, example: Batch) -> dict[str, str]:
-    """By the name of a layer in `original`, why what `model` calls so is something else."""
-    members = {name: len(module._modules) for name, module in model.named_modules()}
+    """By the name of a layer in `original`, why what `model` calls so, or its counterpart, is something else."""
+    now = dict(model.named_modules())
     lists = [
         (name, module)
         for name, module in original.named_modules()
-        if isinstance(module, (nn.ModuleList, nn.Sequential)) and members.get(name) != len(module._modules)
+        if isinstance(module, (nn.ModuleList, nn.Sequential))
+        and len(getattr(now.get(name), "_modules", ())) != len(module._modules)
     ]
+    found = counterparts(model, original)
     others = {
         f"{container}.{name}".lstrip("."): f"{container!r} has other members, and the same name may be another's"
         for container, module in lists
         for name, _ in module.named_modules()
-        if name
+        if name and f"{container}.{name}".lstrip(".") not in found.values()
     }
     folded = _folded(model, original, example)
     return others | {name: f"the batch norm {norm!r} was folded into it" for name, norm in folded.items()}

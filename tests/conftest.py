@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 
 import pytest
+import torch
 
 collect_ignore = ["mortal.py"]  # a workload that imports its neighbour, as workloads may
+
+
+def pytest_configure():
+    """Several processes of tests (pytest-xdist) share the cores, each with as many threads as are its own."""
+    count = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    torch.set_num_threads(max(1, torch.get_num_threads() // count))
 
 
 @pytest.fixture(scope="session", autouse=True)

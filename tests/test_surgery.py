@@ -444,11 +444,22 @@ def test_landmarks_are_blocks_parts_or_layers(network, names):
     assert surgery.landmarks(networks()[network].model) == names
 
 
+def test_blocks_that_are_left_end_where_the_last_before_the_next_ended():
+    net = nn.Sequential(*(nn.Sequential(nn.Linear(2, 2), nn.ReLU()) for _ in range(6)))
+    fewer = surgery.without(net, [surgery.Block("", name) for name in ("0", "3")])
+    assert surgery.counterparts(fewer, net) == {"0": "1", "1": "3", "2": "4", "3": "5"}
+    fewest = surgery.without(copy.deepcopy(fewer), [surgery.Block("", name) for name in ("1", "3")])
+    assert surgery.counterparts(fewest, net) == {"0": "3", "1": "5"}
+    assert torch.equal(fewest[1][0].weight, net[4][0].weight)
+    assert surgery.counterparts(net, net) == surgery.counterparts(net[:2], net) == {}
+
+
 def test_names_that_stand_for_something_else_are_told():
     workload = networks()["stacked"]
     fewer = surgery.without(workload.model, [surgery.Block("blocks", "1")])
     reasons = surgery.unlike(fewer, workload.model, workload.example)
-    assert set(reasons) == {name for name, _ in workload.model.blocks.named_modules(prefix="blocks")} - {"blocks"}
+    inside = {name for name, _ in workload.model.blocks.named_modules(prefix="blocks")} - {"blocks"}
+    assert set(reasons) == inside - {"blocks.1", "blocks.2"}  # of which it is known where they went
     assert surgery.unlike(copy.deepcopy(workload.model), workload.model, workload.example) == {}
     net = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.ReLU(), nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)).eval()
     folded = copy.deepcopy(net)

@@ -14,9 +14,12 @@ sources have not, so that one λ suits all layers. L_soft is the loss of `distil
 broken gets a gradient there directly, instead of through all that follows. Attention and relations leave open what the
 values are: they are for students that are quite unlike the teacher, and mend a broken network less well.
 
-Left out: blocks in a list that lost some of its blocks, where the same name stands for another block; layers into which
-a batch norm was folded, which return something else than before; and the order in which the sources train (layers
-first, outputs later): here all is trained at once.
+In a list that lost some of its blocks, each that is left learns to return what the original's last block before the
+next one that is left returned, so that it does the work of those between; the last learns what the original's last one
+returned.
+
+Left out: layers inside such blocks; layers into which a batch norm was folded, which return something else than before;
+and the order in which the sources train (layers first, outputs later): here all is trained at once.
 
 Source: values: Romero et al. 2015, arXiv:1412.6550, equation 3; attention: Zagoruyko and Komodakis 2017,
 arXiv:1612.03928, equation 2; relations: Tung and Mori 2019, arXiv:1907.09682, equations 1 to 4.
@@ -25,7 +28,7 @@ arXiv:1612.03928, equation 2; relations: Tung and Mori 2019, arXiv:1907.09682, e
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import torch
@@ -38,12 +41,7 @@ from featherweight.hooks import channel_dim, returned_inside, returning_outputs,
 from featherweight.losses import Comparison, kinds_of, relative_error
 from featherweight.passes._distillation import Distillation, Lesson
 from featherweight.settings import Choice, Range
-from featherweight.surgery import (
-    landmarks,
-    left,
-    matches,
-    unlike,
-)
+from featherweight.surgery import counterparts, landmarks, left, matches, unlike
 from featherweight.training import as_in_training
 from featherweight.workload import Batch, Workload, call, outputs
 
@@ -104,10 +102,12 @@ class _Pair:
     """One layer in both networks.
 
     Args:
+        teacher: its name in the original.
         dim: of its channels.
         weight: of the projection; None where widths agree or do not matter.
     """
 
+    teacher: str
     dim: int
     weight: nn.Parameter | None = None
 
@@ -127,9 +127,9 @@ class DistillFeatures(Distillation):
 
     Args:
         temperature: softens the distributions of outputs that are logits.
-        layers: whose outputs are compared, by the same names in both networks: names with `*`, as in where; "auto"
-            takes the blocks of lists of alike blocks, or else the smallest parts that are made of layers, or else all
-            layers with weights.
+        layers: whose outputs are compared, by their names in the compressed network: names with `*`, as in where;
+            "auto" takes the blocks of lists of alike blocks, or else the smallest parts that are made of layers, or
+            else all layers with weights.
         kind: what is compared of them: "values", "attention" (where in a picture or sentence they are large) or
             "relations" (which examples of a batch they take for alike).
         weight: of the inner layers in the loss, where the outputs have 1.
@@ -142,13 +142,14 @@ class DistillFeatures(Distillation):
 
     def lesson(self, model: nn.Module, workload: Workload) -> Lesson:
         teacher, pairs = workload.model, self._pairs(model, workload)
+        theirs = [pair.teacher for pair in pairs.values()]
         comparison = Comparison(self.name(), kinds_of(workload), self.temperature)
 
         def loss(batch: Batch, _: Any) -> Tensor:
             with torch.no_grad():
-                wanted, wanted_inside = watched(teacher, pairs, batch)
+                wanted, wanted_inside = watched(teacher, theirs, batch)
             found, inside = watched(model, pairs, batch)
-            terms = [pair.error(self.kind, inside[name], wanted_inside[name]) for name, pair in pairs.items()]
+            terms = [pair.error(self.kind, inside[name], wanted_inside[pair.teacher]) for name, pair in pairs.items()]
             return comparison.loss(found, wanted) + self.weight * torch.stack(terms).mean()
 
         projections = [pair.weight for pair in pairs.values() if pair.weight is not None]
@@ -158,37 +159,38 @@ class DistillFeatures(Distillation):
         """The layers that are compared, by name; of those that cannot be it is said why."""
         wanted = returned_inside(workload.model, workload.example)
         found = returned_inside(model, workload.example)
-        chosen = self._chosen(workload, wanted, found)
+        shifted = counterparts(model, workload.model)
+        chosen = self._chosen(workload, wanted, {name: shifted.get(name, name) for name in found})
         reasons = unlike(model, workload.model, workload.example)
         pairs: dict[str, _Pair] = {}
-        for name in chosen:
-            dim = channel_dim(workload.model.get_submodule(name), wanted[name])
-            if why := reasons.get(name) or mismatch(found[name], wanted[name], dim, self.kind):
+        for name, theirs in chosen.items():
+            dim = channel_dim(workload.model.get_submodule(theirs), wanted[theirs])
+            if why := reasons.get(theirs) or mismatch(found[name], wanted[theirs], dim, self.kind):
                 reasons[name] = why
                 left(name, f"not compared: {why}")
             else:
-                pairs[name] = _Pair(dim)
+                pairs[name] = _Pair(theirs, dim)
         if not pairs:
-            told = "; ".join(f"{name}: {reasons[name]}" for name in chosen[:3])
+            told = "; ".join(f"{name}: {reasons[name]}" for name in list(chosen)[:3])
             raise LayerError(
                 f"{self.name()} with layers={self.layers!r} and kind={self.kind!r} finds no layer that it can compare. "
                 f"{told}. Choose others with layers, another kind, or distill_soft, which compares outputs alone."
             )
         return self._fitted(pairs, model, workload) if self.kind == "values" else pairs
 
-    def _chosen(self, workload: Workload, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
-        """The names that `layers` chooses among those of layers that return floats in both networks."""
-        both = [name for name, value in wanted.items() if value.dim() > 1 and name in found]
+    def _chosen(self, workload: Workload, wanted: Mapping[str, Tensor], theirs: Mapping[str, str]) -> dict[str, str]:
+        """What `layers` chooses among layers that return floats in both networks, with their names in the original."""
+        both = {own: name for own, name in theirs.items() if name in wanted and wanted[name].dim() > 1}
         if self.layers == "auto":
             marks = set(landmarks(workload.model)) - returning_outputs(workload.model, workload.example)
-            chosen = [name for name in both if name in marks]
+            chosen = {own: name for own, name in both.items() if name in marks}
         else:
-            chosen = [name for name in both if matches(name, self.layers)]
+            chosen = {own: name for own, name in both.items() if matches(own, self.layers)}
         if not chosen:
             raise LayerError(
                 f"layers={self.layers!r} matches none of the {len(both)} inner layers of "
                 f"{type(workload.model).__name__} that return floats here and in the compressed network. "
-                + (f"They are: {listed(both, 20)}." if both else "There are none: take distill_soft instead.")
+                + (f"They are: {listed(list(both), 20)}." if both else "There are none: take distill_soft instead.")
             )
         return chosen
 
@@ -196,13 +198,15 @@ class DistillFeatures(Distillation):
         """`pairs` with projections where widths differ, as least squares find them on the first calibration batch."""
         batch = workload.calibration[0]
         with torch.no_grad():
-            _, wanted = watched(workload.model, pairs, batch)
+            _, wanted = watched(workload.model, [pair.teacher for pair in pairs.values()], batch)
             _, found = watched(as_in_training(model, batch, self.where), pairs, batch)
         fitted = {}
         for name, pair in pairs.items():
-            s, t = found[name], wanted[name]
+            s, t = found[name], wanted[pair.teacher]
             dim = next((i for i in range(1, t.dim()) if s.shape[i] != t.shape[i]), None)
-            fitted[name] = pair if dim is None else _Pair(dim, nn.Parameter(least_squares(s, t, dim)))
+            fitted[name] = (
+                pair if dim is None else replace(pair, dim=dim, weight=nn.Parameter(least_squares(s, t, dim)))
+            )
         return fitted
 
 

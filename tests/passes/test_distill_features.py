@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from featherweight.encodings import Affine, Masked
 from featherweight.errors import LayerError
+from featherweight.hooks import watch_outputs
 from featherweight.losses import relative_error
 from featherweight.passes import Pass
 from featherweight.passes.distill_features import DistillFeatures, attention, least_squares, projected, relations
@@ -19,9 +20,9 @@ from featherweight.passes.prune_magnitude import PruneMagnitude
 from featherweight.passes.quantize_static import QuantizeStatic
 from featherweight.passes.quantize_weights import QuantizeWeights
 from featherweight.recipe import Recipe, compress_model
-from featherweight.surgery import Coverage, encoding_of, recording
+from featherweight.surgery import Block, Coverage, encoding_of, recording, without
 from featherweight.testing import networks, state
-from featherweight.workload import Workload
+from featherweight.workload import Workload, call
 
 KINDS = ("values", "attention", "relations")
 
@@ -242,9 +243,31 @@ def test_a_layer_that_took_in_a_batch_norm_is_not_compared():
 
 def test_blocks_that_took_the_names_of_others_are_not_compared():
     data = networks()["stacked"]
+    fewer = copy.deepcopy(data.model)
+    fewer.blocks = nn.ModuleList([fewer.blocks[0], fewer.blocks[2]])
     with pytest.raises(LayerError, match=r"finds no layer that it can compare. blocks.0: 'blocks' has other members"):
-        compared(data, DropLayers(share=0.3))
-    assert compared(data, DropLayers(share=0.3), layers="head")[0] == "head"
+        DistillFeatures(steps=1).apply(fewer, data)
+    DistillFeatures(steps=1, layers="head").apply(fewer, data)
+
+
+def test_blocks_that_are_left_learn_what_was_returned_before_the_next_that_is_left():
+    data = networks()["stacked"]
+    assert compared(data, DropLayers(share=0.3))[0] == "blocks.0, blocks.1"
+    fewer = without(data.model, [Block("blocks", "1")])
+    batch = data.calibration[0]
+
+    def error() -> float:
+        with (
+            torch.no_grad(),
+            watch_outputs(data.model, ["blocks.1"]) as theirs,
+            watch_outputs(fewer, ["blocks.0"]) as own,
+        ):
+            call(data.model, batch), call(fewer, batch)
+        return float(relative_error(own["blocks.0"], theirs["blocks.1"]))
+
+    before = error()
+    fewer = DistillFeatures(epochs=5, lr=0.01, layers="blocks.0").apply(fewer, data)
+    assert error() < 0.75 * before
 
 
 @pytest.mark.parametrize(
