@@ -386,13 +386,20 @@ class CostTable:
             LayerError: a layer is of a form that was not measured.
         """
         spent: dict[str, float] = defaultdict(float)
-        values = 0
+        found = self.by_layer(model, workload, precision).values()
+        for each in found:
+            spent[each.precision] += each.layers_ms
+        values = sum(each.values for each in found)
+        return Estimate(sum(spent.values()), values, max(spent, key=lambda name: spent[name], default="fp32"))
+
+    def by_layer(self, model: nn.Module, workload: Workload, precision: str | None = None) -> dict[str, Estimate]:
+        """The same for each layer that has entries, by name."""
+        found = {}
         for name, shapes in shapes_of(model, workload, self.batch).items():
             own = precision or precision_of(model.get_submodule(name))
-            for shape in shapes:
-                spent[own] += self.latency_ms(shape, own)
-                values += shape.values * self.batch
-        return Estimate(sum(spent.values()), float(values), max(spent, key=lambda name: spent[name], default="fp32"))
+            values = float(sum(shape.values for shape in shapes) * self.batch)
+            found[name] = Estimate(sum(self.latency_ms(shape, own) for shape in shapes), values, own)
+        return found
 
 
 def _place(shape: Shape) -> tuple[int, int]:
@@ -419,6 +426,7 @@ def cost_table(
     threads: int,
     batch: int = 1,
     model: nn.Module | None = None,
+    precisions: Sequence[str] = tuple(PRECISIONS),
     anew: bool = False,
     progress: Progress | None = None,
 ) -> CostTable:
@@ -432,6 +440,7 @@ def cost_table(
         threads: of the runs.
         batch: of the example's rows that a run reads.
         model: another network for the same inputs, such as one that a recipe factorized.
+        precisions: of PRECISIONS, those that are asked for.
         anew: whether what lies in the cache is measured again, because the machine was busy then, say.
         progress: told what goes on.
 
@@ -453,7 +462,7 @@ def cost_table(
             f"measure on {target}. A cost table is of no use for it."
         )
     shapes = dict.fromkeys(narrow for shape in own for narrow in candidates(shape, multiple))
-    wanted = [(precision, shape) for precision in PRECISIONS for shape in shapes]
+    wanted = [(precision, shape) for precision in precisions for shape in shapes]
     cache = _Cache(cache_folder() / f"{target}-{_digest(key := _key(target, threads, batch))}.json", key, say)
     missing = [entry for entry in wanted if anew or _text(entry) not in cache]
     for done, chunk in _chunks(missing):

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from featherweight import passes, targets
 from featherweight.errors import FeatherweightError, LayerError, WorkloadError
+from featherweight.measure import machine
 from featherweight.passes.drop_layers import removable
 from featherweight.recipe import Recipe, compress_model
 from featherweight.strategy import Facts
@@ -38,6 +39,7 @@ def facts_of(workload: Workload, names: Sequence[str]) -> Facts:
         # with batch norms it is a convolutional network, where width is what the time goes into
         blocks=0 if kinds & set(NORMS) else len(removable(workload.start, workload)),
         multiples={name: targets.find(name).width_multiple for name in names},
+        precision="bfloat16" if "amx_bf16" in (machine()["features"] or []) else "float32",  # slower without such units
     )
 
 

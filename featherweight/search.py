@@ -29,9 +29,10 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from featherweight import knobs, targets
+from featherweight import knobs, shape_costs, targets
 from featherweight.allocation import predicted_frontier
 from featherweight.artifact import Artifact, build, replace_artifact, versions_of, write_artifact, write_text_atomic
+from featherweight.cost_table import Predicted, cost_table, write_predictions
 from featherweight.damage_table import damage_table, steps_of
 from featherweight.errors import (
     BudgetError,
@@ -52,15 +53,17 @@ from featherweight.processes import processes
 from featherweight.progress import Progress, Stopwatch
 from featherweight.recipe import Recipe, compress_model
 from featherweight.result import Result, figures
-from featherweight.strategy import Facts, expected, next_recipes, seconds_of
+from featherweight.strategy import Facts, Shape, expected, next_recipes, seconds_of, settled, shape_of
 from featherweight.timing import keeping_originals
 from featherweight.trials import (
     BASELINE,
     BEST,
+    COSTS,
     DAMAGES,
     DIGEST,
     RECIPE,
     RESULT,
+    SHAPES,
     TRIALS,
     Budget,
     Settings,
@@ -215,6 +218,7 @@ class _Search:
         self.trials = self._stored_trials()
         self.late = self.judged_early = False
         self.knobs: list[knobs.Knob] = []
+        self.whole: Trial | None = None  # of the whole network, with the numbers that shapes are tried with
 
     # ---- what lies on disk
 
@@ -281,7 +285,7 @@ class _Search:
             facts = dataclasses.replace(facts, stored=self._few_bits(facts))
         self.watch("")
         self._say_what_is_out_of_reach()
-        while not self.late and (recipes := next_recipes(facts, self.budget, self.trials)):
+        while not self.late and (recipes := next_recipes(facts := self._paced(facts), self.budget, self.trials)):
             for batch in [[recipe] for recipe in recipes] if pool.here else [recipes]:
                 self.progress.count(len(self.trials), expected(facts, len(self.trials)))
                 if time.monotonic() + self._seconds_of(batch, pool.workers) + self._seconds_of_final() > deadline:
@@ -290,6 +294,7 @@ class _Search:
                     return
                 self._try(batch, pool)
             self._say_what_is_out_of_reach()
+            self._compare_predictions(facts)
         if not measurements(self.trials):
             raise ExportError(
                 f"The network can be put on none of {', '.join(names)}, even uncompressed. The first said: "
@@ -315,6 +320,53 @@ class _Search:
             self.progress.line(f"no damage table: {error}")
             return ()
         return tuple(steps for choices in predicted_frontier(table) if (steps := steps_of(choices)))
+
+    def _paced(self, facts: Facts) -> Facts:
+        """With what shapes would cost, once it is settled for which target and with which numbers they are tried."""
+        found = None if self.whole or self.budget.objective == "bytes" else settled(facts, self.budget, self.trials)
+        if found is None:
+            return facts
+        target, numbers = found
+        recipe = Recipe(facts.steps(*numbers), target)
+        self.whole = next((trial for trial in self.trials if trial.recipe == recipe), None)
+        if self.whole is None or self.whole.measurement is None:
+            return facts
+        latency = self.whole.measurement.latency_ms
+        precision = "int8" if any(step.name() == "quantize_static" for step in numbers) else "fp32"
+        costs = self._shape_costs(facts, target, precision, latency)
+        return dataclasses.replace(facts, paces={shape: cost / latency for shape, cost in costs.items()})
+
+    def _shape_costs(self, facts: Facts, target: str, precision: str, latency_ms: float) -> dict[Shape, float]:
+        """Milliseconds by shape: from the folder where they lie there, or as the cost table of the machine says."""
+        threads, batch = self.settings.threads, self.settings.batch
+        key = {"recipe": precision, "latency_ms": latency_ms, "target": target, "versions": versions_of(target)}
+        if known := shape_costs.stored(self.folder / SHAPES, key):
+            return known
+        self.watch("costs")
+        try:
+            precisions = tuple(dict.fromkeys(("fp32", precision)))  # for layers that the target does not hold in others
+            table = cost_table(self.workload, target, threads=threads, batch=batch, precisions=precisions)
+            found = shape_costs.predicted(self.workload, facts, table, precision, latency_ms)
+        except FeatherweightError as error:
+            self.progress.line(f"no predictions: {error}")
+            return {}
+        finally:
+            self.watch("")
+        shape_costs.store(self.folder / SHAPES, key, found)
+        return found
+
+    def _compare_predictions(self, facts: Facts) -> None:
+        """Writes what shapes were predicted to take beside what they take."""
+        if not facts.paces or self.whole is None or self.whole.measurement is None:
+            return
+        latency = self.whole.measurement.latency_ms
+        shaped = [(trial, shape_of(facts, trial.recipe)) for trial in self.trials if trial.measurement is not None]
+        found = [
+            Predicted(trial.recipe.digest, facts.pace(shape) * latency, trial.measurement.latency_ms)
+            for trial, shape in shaped
+            if shape is not None and trial.measurement is not None
+        ]
+        write_predictions(self.folder / COSTS, found)
 
     def _try(self, recipes: Sequence[Recipe], pool: Pool) -> None:
         """Builds and judges them side by side; then times one after the other, when nothing else is at work."""

@@ -4,10 +4,12 @@ Three rungs, cheapest first. The network as it is on every target, and whole in 
 than another: the best target is kept. Where bytes count, weights in 4 to 8 bits layer by layer, the smallest that the
 budget bears by a bisection along what the damage table predicts, or the smallest of all, distilled. Where int8 loses
 too much, int8 with the widest ranges, int8 trained by distillation, int8 with ranges found while running, and weights
-alone in 8 bits. Then shapes: shares of channels, two at a time, each closing in on the largest that the budget bears,
-and where alike blocks repeat, as in transformers, whole blocks too. Each shape is distilled for a short time and turned
-to numbers as the second rung found best; of those that just failed, the most promising are distilled again from the
-start, for longer (successive halving with two rungs; Jamieson, Talwalkar 2016, arXiv:1502.07943).
+alone in 8 bits. Then shapes, along a route from the whole network to the smallest: fewer channels, or where alike
+blocks repeat, as in transformers, fewer blocks, or both, whichever loses least among three shapes that would cost the
+same. Shapes of the route are tried two at a time, closing in on the smallest that the budget bears. Each is distilled
+for a short time and turned to numbers as the second rung found best; of those that just failed, the most promising are
+distilled again from the start, for longer (successive halving with two rungs; Jamieson, Talwalkar 2016,
+arXiv:1502.07943).
 
 What is proposed together is tried together, whatever comes of each, so that several workers can make it side by side.
 The loop that tries, and measures what it tried, is `search`'s affair; where the facts come from, that of `facts`.
@@ -21,15 +23,18 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from featherweight import passes
 from featherweight.passes import Pass
 from featherweight.recipe import Recipe
 from featherweight.trials import Budget, Trial
 
-LARGEST_SHARE = 0.8  # of channels that may be removed: the upper end of where the largest share is looked for
-ROUNDS = 2  # of two shares each: the share is found to LARGEST_SHARE / 3**2
+LARGEST_SHARE = 0.8  # of channels that may be removed: the end of the route on which channels alone go
+DEEPEST = 2 / 3  # of blocks that may be removed: the end of the route on which blocks alone go
+POINTS = 108  # of a route; so many that thirds of thirds, and halves of those, are among them
+ROUNDS = 2  # of two shapes each: of channels alone the share is found to LARGEST_SHARE / 3**2
 STORED_TRIALS = 4  # at most, of the bisection over ways to store weights
-BLOCK_STEPS = 2  # at most, for whole blocks, where there are such
 FINALISTS = 3  # at most, the shapes that are distilled for long, two of them at first
 SHORT, LONG = 0.5, 2.0  # how long shapes and finalists are distilled, over `Facts.epochs`
 TEACHINGS = ("distill_soft", "distill_hard", "distill_features")  # of which one is chosen by what it recovers
@@ -50,6 +55,8 @@ class Facts:
         multiples: by target, the number of which channel counts should be multiples.
         stored: steps that store weights in fewer bits layer by layer, from the least harmful to the smallest, as the
             damage table predicts; where bytes are what is made small.
+        precision: in which candidates compute while they are distilled.
+        paces: what shapes would cost over what the whole network costs, as the cost table predicts.
     """
 
     targets: tuple[str, ...]
@@ -59,6 +66,8 @@ class Facts:
     blocks: int = 0
     multiples: Mapping[str, int] = field(default_factory=dict)
     stored: tuple[tuple[Pass, ...], ...] = ()
+    precision: str = "float32"
+    paces: Mapping[Shape, float] = field(default_factory=dict)
 
     def steps(self, *names: str | Pass, shape: Sequence[Pass] = ()) -> tuple[Pass, ...]:
         """`shape`, then the fold where there is something to fold, then the passes named."""
@@ -71,13 +80,25 @@ class Facts:
         A smaller network takes more steps in the same time: of four parts of the arithmetic of a step one is the
         teacher's, and three are the candidate's.
         """
-        kept = 1.0 if shape is None else (1 - shape.share) * (1 - self.lost(shape))
-        epochs = float(f"{length * self.epochs * 4 / (1 + 3 * kept):.2g}")
-        return _step(teaching, epochs=epochs, lr=NORMED_LR if self.folds else PLAIN_LR)
+        epochs = float(f"{length * self.epochs * 4 / (1 + 3 * (1.0 if shape is None else self.kept(shape))):.2g}")
+        lr = NORMED_LR if self.folds else PLAIN_LR
+        return _step(teaching, epochs=epochs, lr=lr, precision=self.precision)
 
     def lost(self, shape: Shape) -> float:
         """The share of the blocks that a shape lacks."""
         return shape.dropped / self.blocks if shape.dropped else 0.0
+
+    def kept(self, shape: Shape) -> float:
+        """The share of the arithmetic that is left, about."""
+        return (1 - shape.share) * (1 - self.lost(shape))
+
+    def pace(self, shape: Shape) -> float:
+        """What a shape would cost over what the whole network costs; in proportion to what is left if nobody knows."""
+        known = sorted((other.share, pace) for other, pace in self.paces.items() if other.dropped == shape.dropped)
+        if not known:
+            return self.kept(shape)
+        shares, paces = zip(*known, strict=True)
+        return float(np.interp(shape.share, np.array(shares), np.array(paces)))
 
     def candidate(
         self, target: str, numbers: Numbers, shape: Shape, length: float, teaching: str = TEACHINGS[0]
@@ -89,7 +110,7 @@ class Facts:
         return Recipe(self.steps(*numbers, shape=[*steps, self.distil(length, shape, teaching)]), target)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Shape:
     """What is left of a network: the share of channels and the number of whole blocks that go."""
 
@@ -106,46 +127,79 @@ Plan = Generator[Round, list[Trial], None]
 
 def next_recipes(facts: Facts, budget: Budget, trials: Sequence[Trial]) -> Round:
     """What to try after `trials`, in whatever order they are given, all of it; empty when there is nothing left."""
+    batch, _ = _replayed(plan(facts, budget), trials)
+    return batch
+
+
+def settled(facts: Facts, budget: Budget, trials: Sequence[Trial]) -> tuple[str, Numbers] | None:
+    """The target and the numbers that shapes are tried with; None as long as `trials` leave that open."""
+    batch, found = _replayed(_settling(facts, budget), trials)
+    return None if batch else found
+
+
+def _replayed(course: Generator[Round, list[Trial], Any], trials: Sequence[Trial]) -> tuple[Round, Any]:
+    """What a course has to try after `trials`; once there is nothing left, what came of it."""
     known = {trial.recipe.digest: trial for trial in trials}
-    course = plan(facts, budget)
     try:
         batch = next(course)
         while all(recipe.digest in known for recipe in batch):
             batch = course.send([known[recipe.digest] for recipe in batch])
-    except StopIteration:
-        return []
-    return [recipe for recipe in batch if recipe.digest not in known]
+    except StopIteration as end:
+        return [], end.value
+    return [recipe for recipe in batch if recipe.digest not in known], None
 
 
 def plan(facts: Facts, budget: Budget) -> Plan:
     """The whole search, as it would go: yields recipes, a round at a time, and is sent what became of them."""
+    if (found := (yield from _settling(facts, budget))) is not None:
+        yield from _shapes(facts, budget, *found)
+
+
+def _settling(facts: Facts, budget: Budget) -> Generator[Round, list[Trial], tuple[str, Numbers] | None]:
+    """The part of the search before shapes: the target and the numbers; None where the network fits no target."""
     plain = dict(zip(facts.targets, (yield [Recipe(facts.steps(), target) for target in facts.targets]), strict=True))
     costs = {target: _cost(trial, trial, budget) for target, trial in plain.items()}
     working = [target for target, cost in costs.items() if cost <= HOPELESS * min(costs.values()) < math.inf]
     if not working:
-        return
+        return None
     batch = [Recipe(facts.steps("quantize_static"), target) for target in working]
     static = dict(zip(working, (yield batch), strict=True))
     target = min(working, key=lambda name: _cost(static[name], plain[name], budget))
-    numbers = yield from _numbers(facts, budget, target, plain[target])
-    yield from _shapes(facts, budget, target, numbers)
+    return target, (yield from _numbers(facts, budget, target, plain[target]))
 
 
 def expected(facts: Facts, done: int) -> int:
     """How many trials there will be, about."""
-    blocks = BLOCK_STEPS if facts.blocks > 1 else 0
-    return max(done + 1, 2 * len(facts.targets) + 2 * ROUNDS + len(TEACHINGS) - 1 + blocks + FINALISTS)
+    shapes = len(routes(facts)) + 2 * (ROUNDS - 1) if facts.blocks > 1 else 2 * ROUNDS
+    return max(done + 1, 2 * len(facts.targets) + shapes + len(TEACHINGS) - 1 + FINALISTS)
 
 
-def shares_to_try(tried: Sequence[tuple[float, bool]]) -> list[float]:
-    """The next two shares, between the largest that fitted and the smallest above it that did not; by thirds.
+Route = Sequence[
+    Shape
+]  # from slightly smaller than the whole network to the smallest, each smaller than the one before
 
-    >>> shares_to_try([]), shares_to_try([(0.2667, True), (0.5333, False)])
-    ([0.2667, 0.5333], [0.3556, 0.4444])
+
+def routes(facts: Facts) -> list[Route]:
+    """Channels alone; where there are alike blocks, blocks and channels, and blocks alone, too."""
+    shares = [round(LARGEST_SHARE * point / POINTS, 4) for point in range(1, POINTS)]
+    channels = [Shape(share) for share in shares]
+    deepest = round(DEEPEST * facts.blocks)
+    if facts.blocks < 2:
+        return [channels]
+    both = [Shape(share / 2, round(deepest / 2 * point / POINTS)) for point, share in enumerate(shares, start=1)]
+    return [channels, both, [Shape(0.0, count) for count in range(1, deepest + 1)]]
+
+
+def points_to_try(length: int, tried: Sequence[tuple[int, bool]]) -> list[int]:
+    """The next two points, from 1 to `length`, by thirds between the last that fitted and the next that did not.
+
+    >>> points_to_try(107, []), points_to_try(107, [(36, True), (72, False)]), points_to_try(4, [(1, True), (3, False)])
+    ([36, 72], [48, 60], [2])
     """
-    high = min([share for share, fitted in tried if not fitted], default=LARGEST_SHARE)
-    low = max([share for share, fitted in tried if fitted and share < high], default=0.0)
-    return [round(low + (high - low) * third / 3, 4) for third in (1, 2)]
+    high = min([point for point, fitted in tried if not fitted], default=length + 1)
+    low = max([point for point, fitted in tried if fitted and point < high], default=0)
+    thirds = {round(low + (high - low) * third / 3) for third in (1, 2)}
+    return sorted(thirds - {low, high})
 
 
 def _numbers(facts: Facts, budget: Budget, target: str, plain: Trial) -> Generator[Round, list[Trial], Numbers]:
@@ -191,7 +245,7 @@ def rungs_of(facts: Facts) -> Iterator[Numbers]:
 
 
 def _shapes(facts: Facts, budget: Budget, target: str, numbers: Numbers) -> Plan:
-    """Fewer channels, then fewer whole blocks of what is left, each distilled for a short time; then the finalists."""
+    """The smallest shape along the most promising route, each distilled for a short time; then the finalists."""
     tried: dict[Shape, Trial] = {}
     teaching = TEACHINGS[0]
 
@@ -199,23 +253,38 @@ def _shapes(facts: Facts, budget: Budget, target: str, numbers: Numbers) -> Plan
         trials = yield [facts.candidate(target, numbers, shape, length, teaching) for shape in shapes]
         return dict(zip(shapes, trials, strict=True))
 
-    for number in range(ROUNDS):
-        fitted = [(shape.share, trial.drop_fits(budget)) for shape, trial in tried.items()]
-        tried |= yield from taught([Shape(share) for share in shares_to_try(fitted)], SHORT)
-        if all(trial.measurement is None for trial in tried.values()):
-            break  # what cannot be pruned at two shares cannot at any
-        if number == 0:
-            shape = min(
-                tried, key=lambda s: (tried[s].drop_fits(budget), -s.share if tried[s].drop_fits(budget) else s.share)
-            )
-            others = yield [facts.candidate(target, numbers, shape, SHORT, kind) for kind in TEACHINGS[1:]]
-            teaching, tried[shape] = _best_teaching(tried[shape], others)
-    share = max([shape.share for shape, trial in tried.items() if trial.drop_fits(budget)], default=0.0)
-    if shapes := _fewer_blocks(facts, share):
-        tried |= yield from taught(shapes, SHORT)
+    ways = routes(facts)
+    tried |= yield from taught(_to_begin_with(facts, ways), SHORT)
+    if all(trial.measurement is None for trial in tried.values()):
+        return  # what cannot be made smaller by any of them cannot at all
+    route = min(ways, key=lambda way: min((_drop(tried[shape]) for shape in way if shape in tried), default=math.inf))
+    raced = _first_to_fail([shape for shape in route if shape in tried], tried, budget)
+    others = yield [facts.candidate(target, numbers, raced, SHORT, kind) for kind in TEACHINGS[1:]]
+    teaching, tried[raced] = _best_teaching(tried[raced], others)
+    for _ in range(ROUNDS - 1):
+        known = [(point, tried[s].drop_fits(budget)) for point, s in enumerate(route, start=1) if s in tried]
+        tried |= yield from taught([route[point - 1] for point in points_to_try(len(route), known)], SHORT)
     finals: dict[Shape, Trial] = {}
-    while finalists := _finalists(tried, finals, budget):
+    while finalists := _finalists(route, tried, finals, budget):
         finals |= yield from taught(finalists, LONG)
+
+
+def _to_begin_with(facts: Facts, ways: Sequence[Route]) -> list[Shape]:
+    """Two shapes of the only route; of several, one of each that would cost the same, about."""
+    first = [ways[0][point - 1] for point in points_to_try(len(ways[0]), [])]
+    if len(ways) == 1:
+        return first
+    goal = facts.pace(first[-1])
+    return list(dict.fromkeys(min(way, key=lambda shape: abs(facts.pace(shape) - goal)) for way in ways))
+
+
+def _first_to_fail(shapes: Sequence[Shape], tried: Mapping[Shape, Trial], budget: Budget) -> Shape:
+    """The largest network that loses too much; the smallest where none does."""
+    return next((shape for shape in shapes if not tried[shape].drop_fits(budget)), shapes[-1])
+
+
+def _drop(trial: Trial) -> float:
+    return trial.measurement.drop if trial.measurement else math.inf
 
 
 def _best_teaching(first: Trial, others: Sequence[Trial]) -> tuple[str, Trial]:
@@ -231,13 +300,17 @@ def _best_teaching(first: Trial, others: Sequence[Trial]) -> tuple[str, Trial]:
     return name, trial
 
 
-def _fewer_blocks(facts: Facts, share: float) -> list[Shape]:
-    """A few blocks less, and twice as many; channels by `share`."""
-    few = max(1, facts.blocks // 8)
-    return [Shape(share, few * n) for n in range(1, BLOCK_STEPS + 1) if few * n < facts.blocks]
+def shape_of(facts: Facts, recipe: Recipe) -> Shape | None:
+    """The shape that a recipe's first steps leave; None where they leave all as it was."""
+    settings = {step.name(): step.settings() for step in recipe.steps}
+    lost = settings.get("drop_layers", {}).get("share", 0.0)
+    shape = Shape(settings.get("prune_channels", {}).get("share", 0.0), round(lost * facts.blocks))
+    return shape if shape != Shape(0.0) else None
 
 
-def _finalists(tried: Mapping[Shape, Trial], finals: Mapping[Shape, Trial], budget: Budget) -> list[Shape]:
+def _finalists(
+    route: Route, tried: Mapping[Shape, Trial], finals: Mapping[Shape, Trial], budget: Budget
+) -> list[Shape]:
     """Shapes to distil for long: at first the two that lack least of those that would cost less than the best.
 
     Then, one at a time, halfway between what fits and the least that did not, or if all fit the next that lacks least.
@@ -248,9 +321,10 @@ def _finalists(tried: Mapping[Shape, Trial], finals: Mapping[Shape, Trial], budg
     best = min(fitting, key=lambda shape: _cost(fitting[shape], fitting[shape], budget), default=None)
     if len(finals) >= FINALISTS or (finals and best is None):
         return []
-    beyond = [shape.share for shape in finals if best and shape not in fitting and shape.dropped == best.dropped]
+    points = {shape: point for point, shape in enumerate(route)}
+    beyond = [points[s] for s in finals if best in points and s not in fitting and points.get(s, -1) > points[best]]
     if best and beyond:
-        halfway = Shape(round((best.share + min(beyond)) / 2, 4), best.dropped)
+        halfway = route[(points[best] + min(beyond)) // 2]
         return [] if halfway in known else [halfway]
     least = _cost(fitting[best], fitting[best], budget) if best else math.inf
     lacking = {

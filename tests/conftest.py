@@ -19,6 +19,14 @@ def pytest_configure():
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _tables_of_costs_are_the_tests_own(tmp_path_factory):
+    """Not the user's, and measured once for all tests of a process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEATHERWEIGHT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _operators_are_read_once():
     """torch's ONNX exporter parses the source of 500 operators at every export, which takes half of its time."""
     from torch.onnx._internal.exporter._registration import ONNXRegistry

@@ -216,24 +216,70 @@ def test_two_shares_a_round_between_what_fitted_and_what_did_not():
     assert shares(played(FACTS, Budget(0.01), World(breaks_at=1.0))) == [0.2667, 0.5333, 0.6222, 0.7111]
 
 
-def test_channels_go_first_then_whole_blocks_of_what_is_left():
-    """The budget bears a share of 0.5, and one block of six beside it; smaller candidates are trained for longer."""
-    facts = dataclasses.replace(FACTS, folds=False, blocks=6)
+BLOCKS = dataclasses.replace(FACTS, folds=False, blocks=6)
+
+
+def shapes(trials: list[Trial]) -> list[Shape]:
+    """Of those that are distilled by soft labels and have one, in the order in which they were tried."""
+    found = [strategy.shape_of(BLOCKS, t.recipe) for t in trials if "distill_soft" in in_words(t.recipe)]
+    return [shape for shape in found if shape is not None]
+
+
+def by_shape(bears) -> World:
+    """A world in which the budget bears the shapes that `bears` says, and others the less the more channels go."""
 
     def world(recipe: Recipe) -> Trial:
-        blocks = [step.settings()["share"] for step in recipe.steps if step.name() == "drop_layers"]
-        return World(breaks_at=0.0 if blocks and blocks[0] > 0.2 else 0.5)(recipe)
+        shape = strategy.shape_of(BLOCKS, recipe)
+        trial = World(breaks_at=1.0)(recipe)
+        if shape is None or bears(shape):
+            return trial
+        worse = 0.02 + 0.01 * shape.share
+        return Trial(recipe, dataclasses.replace(trial.measurement, drop=worse, drop_upper=worse))
 
-    trials = played(facts, Budget(0.01), world)
-    found = [word for word in words(trials)[2:] if "distill_soft" in word]
-    on = f"distill_soft + quantize_static on {TARGET}"
-    assert found[:4] == [f"prune_channels {share} + {on}" for share in (0.2667, 0.5333, 0.3556, 0.4444)]
-    assert found[4:6] == [f"drop_layers {share} + prune_channels 0.4444 + {on}" for share in (0.1667, 0.3333)]
-    finalists = [found[1], *(f"prune_channels {share} + {on}" for share in (0.4889, 0.5111))]
-    assert found[6:] == finalists  # what failed, and would be faster; then halfway between
-    assert lengths(trials) == [strategy.SHORT] * 6 + [strategy.LONG] * 3
+    return world
+
+
+def test_of_three_routes_to_the_same_cost_the_one_that_loses_least_is_followed():
+    """The budget bears three blocks less, but hardly a channel; what costs the same is what does as much arithmetic."""
+    trials = played(BLOCKS, Budget(0.01), by_shape(lambda shape: shape.share < 0.1 and shape.dropped <= 3))
+    found = shapes(trials)
+    assert found[:3] == [Shape(0.5333), Shape(0.3, 2), Shape(0.0, 3)]
+    assert all(shape.share == 0 for shape in found[3:5]) and Shape(0.0, 4) in found
+    best = best_of(trials, Budget(0.01))
+    assert best and strategy.shape_of(BLOCKS, best.recipe) == Shape(0.0, 3)
     taught = [step for trial in trials[2:] for step in trial.recipe.steps if step.name().startswith("distill_")]
     assert all(step.settings()["lr"] == strategy.PLAIN_LR for step in taught)
+    channels = shapes(played(BLOCKS, Budget(0.01), by_shape(lambda shape: not shape.dropped and shape.share < 0.6)))
+    assert channels[3:5] == [Shape(0.6222), Shape(0.7111)]
+
+
+def test_what_costs_the_same_is_what_was_predicted_to():
+    paces = {Shape(share, dropped): (1 - share / 4) * (1 - dropped / 6) for share in (0.0, 0.8) for dropped in range(5)}
+    facts = dataclasses.replace(BLOCKS, paces=paces)
+    assert facts.pace(Shape(0.4, 1)) == pytest.approx(0.9 * 5 / 6)
+    assert BLOCKS.pace(Shape(0.4, 3)) == pytest.approx(0.3)
+    found = shapes(played(facts, Budget(0.01), by_shape(lambda shape: True)))
+    assert found[0] == Shape(0.5333) and found[2] == Shape(0.0, 1)  # a block is worth more than half the channels
+
+
+def test_routes_become_smaller_from_shape_to_shape_and_end_where_little_is_left():
+    for blocks, count in ((0, 1), (1, 1), (2, 3), (24, 3)):
+        facts = dataclasses.replace(BLOCKS, blocks=blocks)
+        found = strategy.routes(facts)
+        assert len(found) == count
+        for route in found:
+            kept = [facts.kept(shape) for shape in route]
+            assert kept == sorted(kept, reverse=True) and len(set(route)) == len(route)
+            assert kept[0] < 1 and kept[-1] > 0.1
+
+
+def test_the_target_and_the_numbers_are_settled_before_shapes_are_tried():
+    trials = played(FACTS, Budget(0.01), World())
+    until = next(n for n, trial in enumerate(trials) if strategy.shape_of(FACTS, trial.recipe))
+    assert strategy.settled(FACTS, Budget(0.01), trials[: until - 1]) is None
+    target, numbers = strategy.settled(FACTS, Budget(0.01), trials[:until])
+    assert target == TARGET and [step.name() for step in numbers] == ["quantize_static"]
+    assert strategy.settled(FACTS, Budget(0.01), [Trial(trials[0].recipe, None, "no")]) is None
 
 
 def test_the_distillation_that_recovers_most_is_chosen_on_the_first_share_that_fails():
@@ -254,13 +300,6 @@ def test_the_distillation_that_recovers_most_is_chosen_on_the_first_share_that_f
     everywhere = played(FACTS, Budget(0.01), World(breaks_at=1.0))
     raced = [t.recipe.steps[0].settings()["share"] for t in everywhere if hard in in_words(t.recipe)]
     assert raced == [0.5333]  # where none fails, the smallest network
-
-
-def test_of_many_blocks_an_eighth_goes_at_a_time():
-    facts = dataclasses.replace(FACTS, folds=False, blocks=24)
-    assert strategy._fewer_blocks(facts, 0.25) == [Shape(0.25, 3), Shape(0.25, 6)]
-    assert strategy._fewer_blocks(dataclasses.replace(facts, blocks=2), 0.25) == [Shape(0.25, 1)]
-    assert strategy._fewer_blocks(dataclasses.replace(facts, blocks=0), 0.25) == []
 
 
 def test_a_network_that_cannot_be_pruned_costs_two_trials():
