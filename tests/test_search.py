@@ -19,6 +19,7 @@ from torch import nn
 
 from featherweight import making, passes, search
 from featherweight.artifact import open_artifact
+from featherweight.cost_table import stored_predictions
 from featherweight.errors import (
     ArtifactError,
     BudgetError,
@@ -55,6 +56,7 @@ QUICK = [
     ("featherweight.knobs", "BATCHES", (1, 4)),
     ("featherweight.knobs", "ROUNDS", 3),
     ("featherweight.knobs", "ROUND_SECONDS", 0.01),
+    ("featherweight.cost_table", "SHARES", (1.0, 0.5)),
     ("featherweight.facts", "FEWEST_STEPS", 4),
     ("featherweight.facts", "MOST_STEPS", 4),
     ("featherweight.measure", "ROUNDS", 3),
@@ -148,6 +150,34 @@ def test_for_throughput_the_network_as_it_is_says_how_many_inputs_are_run_at_onc
     assert {knob.batch for knob in result.knobs} == {1, 4}
     assert result.budget.cost(result.best) == result.best.latency_ms / result.best.batch
     assert "has the largest throughput" in result.explain()
+
+
+@quick
+def test_for_latency_shapes_are_predicted_before_they_are_measured(tmp_path, monkeypatch):
+    result = _search(tmp_path / "out", Budget(0.05))
+    shapes = json.loads((tmp_path / "out" / "shapes.json").read_text())["shapes"]
+    assert shapes[0][:2] == [0.0, 0] and all(cost > 0 for _, _, cost in shapes)
+    found = {one.digest: one for one in stored_predictions(tmp_path / "out" / "costs.json")}
+    shaped = [t for _, t in read_trials(tmp_path / "out") if "prune_channels" in in_words(t.recipe)]
+    assert len(shaped) >= 2 and set(found) == {trial.recipe.digest for trial in shaped}
+    for trial in shaped:
+        assert found[trial.recipe.digest].measured_ms == trial.measurement.latency_ms
+    assert result.seconds["costs"] > 0
+    monkeypatch.setattr(search, "cost_table", lambda *_, **__: pytest.fail("was measured again"))
+    assert _search(tmp_path / "out", Budget(0.05), resume=True).best.digest == result.best.digest
+
+
+@quick
+def test_where_nothing_can_be_predicted_shapes_are_tried_all_the_same(tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise ArtifactError("the cache is read-only")
+
+    monkeypatch.setattr(search, "cost_table", fails)
+    heard = Heard()
+    _search(tmp_path / "out", Budget(0.05), progress=heard)
+    assert heard.lines.count("no predictions: the cache is read-only") == 1
+    assert any("prune_channels" in line for line in heard.lines)
+    assert not (tmp_path / "out" / "costs.json").exists()
 
 
 def test_while_it_goes_on_the_files_say_what_is_known(finished):
