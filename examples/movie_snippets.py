@@ -1,8 +1,7 @@
 """Film reviewers' sentences, labelled negative (0) or positive (1), as the text example reads them.
 
 Twenty people rated each of 10,605 snippets from rottentomatoes.com between -4 and 4 (Hutto, Gilbert 2014, ICWSM,
-"VADER", MIT licence). The source archive of the package `vadersentiment` carries them, and sentences of product
-reviews, editorials and tweets beside. Nothing here knows of networks.
+"VADER", MIT licence). The source archive of the package `vadersentiment` carries them. Nothing here knows of networks.
 
 Every line is the blurb of one review (in this file ids count lines; only the Amazon file has several lines to a
 review), so a split by line is a split by review. Two blurbs stand there twice and are kept once.
@@ -24,7 +23,6 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 LENGTH = 64  # tokens; 0.05 % of the snippets are longer and lose their end (with 48 it would be 3.6 %)
-OTHERS = ("amazonReviewSnippets", "nytEditorialSnippets", "tweets")  # in the same archive
 POOL = 16  # batches among which snippets are sorted by length
 UNCLEAR = 1.0  # mean ratings nearer to zero than this have no sign that readers agree on; 14 % of the snippets
 PARTS = {"test": slice(2048), "search": slice(2048, 2048 + 1920), "train": slice(2048 + 1920, None)}
@@ -46,10 +44,6 @@ class Snippets:
 
     def __getitem__(self, part: slice | Tensor) -> Snippets:
         return Snippets(self.ids[part], self.mask[part], self.labels[part])
-
-    def __add__(self, others: Snippets) -> Snippets:
-        pairs = ((self.ids, others.ids), (self.mask, others.mask), (self.labels, others.labels))
-        return Snippets(*map(torch.cat, pairs))
 
     def batches(self, size: int) -> Iterator[Labelled]:
         """In order; the last may be short."""
@@ -104,21 +98,7 @@ class ByLength:
 
 def snippets(part: Literal["train", "search", "test"], tokenizer: Path) -> Snippets:
     """5,203 snippets to train on, 1,920 for the search, 2,048 for the report; `tokenizer` is a `tokenizer.json`."""
-    return _encoded(_clear()[PARTS[part]], tokenizer)
-
-
-def others(tokenizer: Path) -> Snippets:
-    """14,278 sentences of no part: of films without a clear sign, of products, of newspapers, tweets.
-
-    For a student to hear the teacher on; what stands as their labels is the sign of ratings that may mean little.
-    """
-    known = {_digest(text) for text, _ in _clear()}
-    rated = [row for name in ("movieReviewSnippets", *OTHERS) for row in _rated(name)]
-    rest = {_digest(text): (text, rating) for text, rating in rated}
-    return _encoded([row for digest, row in rest.items() if digest not in known], tokenizer)
-
-
-def _encoded(chosen: list[tuple[str, float]], tokenizer: Path) -> Snippets:
+    chosen = _clear()[PARTS[part]]
     encoder = Tokenizer.from_file(str(tokenizer))
     encoder.enable_truncation(LENGTH)
     encoder.enable_padding(length=LENGTH)
@@ -135,7 +115,7 @@ def _clear() -> list[tuple[str, float]]:
 
     That order is as good as random but hangs on no generator: the file itself has the positive ones first.
     """
-    unique = {_digest(text): (text, rating) for text, rating in _rated("movieReviewSnippets") if abs(rating) >= UNCLEAR}
+    unique = {_digest(text): (text, rating) for text, rating in _rated() if abs(rating) >= UNCLEAR}
     return [unique[digest] for digest in sorted(unique)]
 
 
@@ -144,11 +124,11 @@ def _digest(text: str) -> str:
     return hashlib.sha256(" ".join(re.findall(r"\w+", text.lower())).encode()).hexdigest()
 
 
-def _rated(name: str) -> list[tuple[str, float]]:
-    """Text and mean rating, -4 to 4, of all sentences in one file of the archive."""
+def _rated() -> list[tuple[str, float]]:
+    """Text and mean rating, -4 to 4, of all 10,605 snippets."""
     package = pip_package("vadersentiment", "3.3.2", sdist=True)
     with tarfile.open(package / "additional_resources" / "hutto_ICWSM_2014.tar.gz") as archive:
-        member = archive.extractfile(f"hutto_ICWSM_2014/{name}_GroundTruth.txt")
+        member = archive.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
         assert member is not None
-        rows = [line.split("\t") for line in member.read().decode(errors="replace").split("\n") if line.strip()]
+        rows = [line.split("\t") for line in member.read().decode().split("\n") if line]
     return [(text.strip(), float(rating)) for _, rating, text in rows]
