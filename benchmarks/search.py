@@ -32,6 +32,7 @@ from peers_ptq import EXAMPLES, TRANSFORMERS, Contender, as_predict, eager, expo
 
 from featherweight import targets
 from featherweight.artifact import build, open_artifact
+from featherweight.cost_table import relative_error, stored_predictions
 from featherweight.measure import drop_bounds
 from featherweight.recipe import Recipe
 from featherweight.timing import ratio
@@ -43,7 +44,10 @@ WORKLOADS = ("image", "text", "speech")
 
 @dataclass(frozen=True)
 class Row:
-    """One network at one budget: the search, the best single pass, or NNCF; bounds are those of the paired drop."""
+    """One network at one budget: the search, the best single pass, or NNCF; bounds are those of the paired drop.
+
+    `off` is how far the latencies that the search predicted of shapes were from those that it measured, in the mean.
+    """
 
     workload: str
     objective: str
@@ -59,6 +63,7 @@ class Row:
     ratio_high: float
     seconds: float
     trials: int = 0
+    off: float | None = None
     test_drop: float | None = None
     test_drop_low: float | None = None
     test_drop_upper: float | None = None
@@ -66,11 +71,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Made:
-    """What one of the three made, and what is known of it."""
+    """What one of the three made, and what is known of it; `off` is how far predicted latencies were, in the mean."""
 
     contender: Contender
     what: str
     trials: int = 0
+    off: float | None = None
     test: tuple[float | None, ...] = (None, None, None)
     accepted: bool | None = None  # None where the measured bound decides
 
@@ -92,7 +98,9 @@ def searched(name: str, objective: str, drop: float, chosen: argparse.Namespace)
     best, trials = result["best"], len(list((folder / "trials").glob("*.json")))
     test = (best["test_drop"], best["test_drop_low"], best["test_drop_upper"])
     contender = Contender("search", artifact.load(chosen.threads), artifact.bytes, seconds)
-    return Made(contender, artifact.recipe, trials, test, result["verdict"] == "accepted")
+    errors = [abs(relative_error(p.predicted_ms, p.measured_ms)) for p in stored_predictions(folder / "costs.json")]
+    off = statistics.fmean(errors) if errors else None
+    return Made(contender, artifact.recipe, trials, off, test, result["verdict"] == "accepted")
 
 
 def alone(name: str, objective: str, drop: float, workload: Workload, chosen: argparse.Namespace) -> Made | None:
@@ -191,7 +199,7 @@ def compared(name: str, objective: str, drop: float, chosen: argparse.Namespace)
         upper, pace = drop_bounds(before, after)[1], ratio(times[0], taken)
         mean, accepted = statistics.fmean(before) - statistics.fmean(after), made.accepted
         about = (name, objective, drop, who.name, made.what, upper <= drop if accepted is None else accepted)
-        figures = (mean, upper, who.bytes, pace.median, pace.low, pace.high, who.seconds, made.trials)
+        figures = (mean, upper, who.bytes, pace.median, pace.low, pace.high, who.seconds, made.trials, made.off)
         rows.append(Row(*about, *figures, *made.test))
     return rows
 

@@ -29,7 +29,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from featherweight import knobs, shape_costs, targets
+from featherweight import knobs, passes, shape_costs, targets
 from featherweight.allocation import predicted_frontier
 from featherweight.artifact import Artifact, build, replace_artifact, versions_of, write_artifact, write_text_atomic
 from featherweight.cost_table import Predicted, cost_table, write_predictions
@@ -45,6 +45,7 @@ from featherweight.errors import (
 )
 from featherweight.facts import facts_of, fingerprint
 from featherweight.feasibility import out_of_reach, predicted_ram
+from featherweight.fragile import worst_first
 from featherweight.making import Made, Order, built, changes, known_artifact, made_elsewhere, make, reason
 from featherweight.measure import Baseline, Judgement, Measurement, baseline, measure, physical_cores
 from featherweight.passes import Pass
@@ -53,7 +54,7 @@ from featherweight.processes import processes
 from featherweight.progress import Progress, Stopwatch
 from featherweight.recipe import Recipe, compress_model
 from featherweight.result import Result, figures
-from featherweight.strategy import Facts, Shape, expected, next_recipes, seconds_of, settled, shape_of
+from featherweight.strategy import Facts, Shape, expected, next_recipes, seconds_of, settled, shape_of, struggling
 from featherweight.timing import keeping_originals
 from featherweight.trials import (
     BASELINE,
@@ -61,6 +62,7 @@ from featherweight.trials import (
     COSTS,
     DAMAGES,
     DIGEST,
+    FRAGILE,
     RECIPE,
     RESULT,
     SHAPES,
@@ -83,6 +85,7 @@ from featherweight.workload import check as check_workload
 
 UNFINISHED = "unfinished"  # the verdict while a search goes on
 POOL = "pool"  # the stage in which a pool is at work
+MOST_REVERTED = 0.5  # of the layers in int8 may be left in floats after all
 
 
 def compress(
@@ -285,7 +288,10 @@ class _Search:
             facts = dataclasses.replace(facts, stored=self._few_bits(facts))
         self.watch("")
         self._say_what_is_out_of_reach()
-        while not self.late and (recipes := next_recipes(facts := self._paced(facts), self.budget, self.trials)):
+        while not self.late:
+            facts = self._paced(self._with_fragile_layers(facts))
+            if not (recipes := next_recipes(facts, self.budget, self.trials)):
+                break
             for batch in [[recipe] for recipe in recipes] if pool.here else [recipes]:
                 self.progress.count(len(self.trials), expected(facts, len(self.trials)))
                 if time.monotonic() + self._seconds_of(batch, pool.workers) + self._seconds_of_final() > deadline:
@@ -320,6 +326,32 @@ class _Search:
             self.progress.line(f"no damage table: {error}")
             return ()
         return tuple(steps for choices in predicted_frontier(table) if (steps := steps_of(choices)))
+
+    def _with_fragile_layers(self, facts: Facts) -> Facts:
+        """With the layers that int8 suffers from most, once it is known that int8 as a whole loses too much."""
+        if facts.fragile or (target := struggling(facts, self.budget, self.trials)) is None:
+            return facts
+        self.watch("fragile")
+        key = {"fingerprint": self.settings.fingerprint, "versions": versions_of("eager")}
+        path = self.folder / FRAGILE
+        stored = read_json(path) if path.exists() else {}
+        if stored.get("key") != key:
+            stored = {"key": key, "layers": self._worst_first(facts, target)}
+            write_text_atomic(path, json.dumps(stored, indent=1) + "\n")
+        self.watch("")
+        worst = tuple(map(str, stored["layers"]))
+        return dataclasses.replace(facts, fragile=worst[: int(MOST_REVERTED * len(worst))])
+
+    def _worst_first(self, facts: Facts, target: str) -> list[str]:
+        widest = passes.build("quantize_static", {"range": "minmax"}, "the search")
+        try:
+            rounded, exact = (
+                compress_model(Recipe(facts.steps(*steps), target), self.workload)[0] for steps in ((widest,), ())
+            )
+            return worst_first(rounded, exact, self.workload)
+        except FeatherweightError as error:
+            self.progress.line(f"layers are not told apart: {error}")
+            return []
 
     def _paced(self, facts: Facts) -> Facts:
         """With what shapes would cost, once it is settled for which target and with which numbers they are tried."""

@@ -3,13 +3,13 @@
 Three rungs, cheapest first. The network as it is on every target, and whole in int8 on those that are not far slower
 than another: the best target is kept. Where bytes count, weights in 4 to 8 bits layer by layer, the smallest that the
 budget bears by a bisection along what the damage table predicts, or the smallest of all, distilled. Where int8 loses
-too much, int8 with the widest ranges, int8 trained by distillation, int8 with ranges found while running, and weights
-alone in 8 bits. Then shapes, along a route from the whole network to the smallest: fewer channels, or where alike
-blocks repeat, as in transformers, fewer blocks, or both, whichever loses least among three shapes that would cost the
-same. Shapes of the route are tried two at a time, closing in on the smallest that the budget bears. Each is distilled
-for a short time and turned to numbers as the second rung found best; of those that just failed, the most promising are
-distilled again from the start, for longer (successive halving with two rungs; Jamieson, Talwalkar 2016,
-arXiv:1502.07943).
+too much, int8 with the widest ranges, int8 trained by distillation, int8 but for the layers that it harms most, twice
+as many each time, int8 with ranges found while running, and weights alone in 8 bits. Then shapes, along a route from
+the whole network to the smallest: fewer channels, or where alike blocks repeat, as in transformers, fewer blocks, or
+both, whichever loses least among three shapes that would cost the same. Shapes of the route are tried two at a time,
+closing in on the smallest that the budget bears. Each is distilled for a short time and turned to numbers as the second
+rung found best; of those that just failed, the most promising are distilled again from the start, for longer
+(successive halving with two rungs; Jamieson, Talwalkar 2016, arXiv:1502.07943).
 
 What is proposed together is tried together, whatever comes of each, so that several workers can make it side by side.
 The loop that tries, and measures what it tried, is `search`'s affair; where the facts come from, that of `facts`.
@@ -57,6 +57,7 @@ class Facts:
             damage table predicts; where bytes are what is made small.
         precision: in which candidates compute while they are distilled.
         paces: what shapes would cost over what the whole network costs, as the cost table predicts.
+        fragile: layers that int8 suffers from most, the worst first; where int8 as a whole loses too much.
     """
 
     targets: tuple[str, ...]
@@ -68,6 +69,7 @@ class Facts:
     stored: tuple[tuple[Pass, ...], ...] = ()
     precision: str = "float32"
     paces: Mapping[Shape, float] = field(default_factory=dict)
+    fragile: tuple[str, ...] = ()
 
     def steps(self, *names: str | Pass, shape: Sequence[Pass] = ()) -> tuple[Pass, ...]:
         """`shape`, then the fold where there is something to fold, then the passes named."""
@@ -214,6 +216,16 @@ def _numbers(facts: Facts, budget: Budget, target: str, plain: Trial) -> Generat
     return min(tried, key=lambda item: (not item[0].drop_fits(budget), _cost(item[0], item[0], budget)))[1]
 
 
+def struggling(facts: Facts, budget: Budget, trials: Sequence[Trial]) -> str | None:
+    """The target on which int8 as a whole loses too much, trained too; None where none does, or nobody knows yet."""
+    for target in facts.targets:
+        wanted = {Recipe(facts.steps(*numbers), target).digest for numbers in _whole_in_int8(facts)}
+        found = [trial for trial in trials if trial.recipe.digest in wanted]
+        if len(found) == len(wanted) and not any(trial.drop_fits(budget) for trial in found):
+            return target
+    return None
+
+
 def _few_bits(facts: Facts, budget: Budget, target: str) -> Generator[Round, list[Trial], list[tuple[Trial, Numbers]]]:
     """Bits layer by layer: the smallest first, as it is and distilled, then a bisection along the damage table."""
     if not facts.stored:
@@ -235,13 +247,20 @@ def _few_bits(facts: Facts, budget: Budget, target: str) -> Generator[Round, lis
 
 
 def rungs_of(facts: Facts) -> Iterator[Numbers]:
-    """Ways to turn the whole network to numbers, most promising first."""
-    yield (_step("quantize_static"),)
-    yield (_step("quantize_static", range="minmax"),)  # where few large values matter, as in networks of speech
-    yield (_step("quantize_static"), facts.distil())
+    """Ways to turn the network to numbers, most promising first."""
+    yield from _whole_in_int8(facts)
+    for count in (2**power for power in range(len(facts.fragile).bit_length())):
+        layers = ", ".join(f"!{name}" for name in facts.fragile[:count])
+        yield (_step("quantize_static", range="minmax", where=layers),)
     if facts.linear:
         yield (_step("quantize_dynamic"),)
     yield (_step("quantize_weights"),)
+
+
+def _whole_in_int8(facts: Facts) -> list[Numbers]:
+    static = _step("quantize_static")
+    widest = _step("quantize_static", range="minmax")  # where few large values matter, as in networks of speech
+    return [(static,), (widest,), (static, facts.distil())]
 
 
 def _shapes(facts: Facts, budget: Budget, target: str, numbers: Numbers) -> Plan:

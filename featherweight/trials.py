@@ -25,9 +25,10 @@ from featherweight.errors import ArtifactError, BudgetError, FeatherweightError
 from featherweight.measure import Measurement
 from featherweight.recipe import Recipe
 
-BASELINE, DAMAGES, SHAPES, COSTS, TRIALS, BEST, RESULT, RECIPE = (
+BASELINE, DAMAGES, FRAGILE, SHAPES, COSTS, TRIALS, BEST, RESULT, RECIPE = (
     "baseline.json",
     "damages.json",
+    "fragile.json",
     "shapes.json",
     "costs.json",
     "trials",

@@ -168,6 +168,17 @@ def test_for_latency_shapes_are_predicted_before_they_are_measured(tmp_path, mon
 
 
 @quick
+def test_where_int8_loses_too_much_the_layers_that_it_harms_most_stay_in_floats(tmp_path, monkeypatch):
+    result = _search(tmp_path / "out", Budget(0.0))
+    layers = json.loads((tmp_path / "out" / "fragile.json").read_text())["layers"]
+    where = [step.where for _, t in read_trials(tmp_path / "out") for step in t.recipe.steps if step.where != "*"]
+    assert layers and f"!{layers[0]}" in where
+    assert result.verdict == "accepted" and result.seconds["fragile"] > 0  # the network as it is keeps to any budget
+    monkeypatch.setattr(search, "worst_first", lambda *_: pytest.fail("was computed again"))
+    assert _search(tmp_path / "out", Budget(0.0), resume=True).best.digest == result.best.digest
+
+
+@quick
 def test_where_nothing_can_be_predicted_shapes_are_tried_all_the_same(tmp_path, monkeypatch):
     def fails(*_, **__):
         raise ArtifactError("the cache is read-only")

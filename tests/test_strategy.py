@@ -185,6 +185,25 @@ def test_where_training_does_not_help_milder_numbers_are_tried():
     assert without_linear[4] == f"fold_batchnorm + quantize_weights on {TARGET}"
 
 
+def test_the_layers_that_int8_harms_most_stay_in_floats_twice_as_many_each_time():
+    def world(recipe: Recipe) -> Trial:
+        where = {step.where for step in recipe.steps if step.name() == "quantize_static"}
+        good = "*" not in where and len(max(where, default="").split(", ")) >= 3
+        return World(static_drop=0.002 if good else 0.05, trained_drop=0.05)(recipe)
+
+    fragile = tuple(f"layer{number}" for number in range(9))
+    facts = dataclasses.replace(FACTS, fragile=fragile)
+    trials = played(facts, Budget(0.01), world)
+    found = [step.where for t in trials for step in t.recipe.steps if step.name() == "quantize_static"]
+    assert found[:3] == ["*"] * 3
+    assert found[3:6] == [", ".join(f"!{name}" for name in fragile[:count]) for count in (1, 2, 4)]
+    assert set(found[6:]) == {found[5]} and "distill_soft" in words(trials)[-1]  # which shapes are turned to
+    first = [t for t in trials if t.recipe.steps[-1].where == "*"]
+    assert strategy.struggling(FACTS, Budget(0.01), first[:3]) is None
+    assert strategy.struggling(FACTS, Budget(0.01), first[:4]) == TARGET
+    assert strategy.struggling(FACTS, Budget(0.06), first[:4]) is None
+
+
 STORED = tuple((build("quantize_weights", {"bits": 8 - n, "where": f"layer{n}"}, "here"),) for n in range(6))
 
 
