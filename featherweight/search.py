@@ -376,8 +376,7 @@ class _Search:
             return known
         self.watch("costs")
         try:
-            precisions = tuple(dict.fromkeys(("fp32", precision)))  # for layers that the target does not hold in others
-            table = cost_table(self.workload, target, threads=threads, batch=batch, precisions=precisions)
+            table = cost_table(self.workload, target, threads=threads, batch=batch, precisions=(precision,))
             found = shape_costs.predicted(self.workload, facts, table, precision, latency_ms)
         except FeatherweightError as error:
             self.progress.line(f"no predictions: {error}")
