@@ -426,7 +426,7 @@ def cost_table(
     threads: int,
     batch: int = 1,
     model: nn.Module | None = None,
-    precisions: Sequence[str] = tuple(PRECISIONS),
+    precisions: Sequence[str] | None = None,
     anew: bool = False,
     progress: Progress | None = None,
 ) -> CostTable:
@@ -440,7 +440,7 @@ def cost_table(
         threads: of the runs.
         batch: of the example's rows that a run reads.
         model: another network for the same inputs, such as one that a recipe factorized.
-        precisions: of PRECISIONS, those that are asked for.
+        precisions: those of PRECISIONS that are asked for; None for all.
         anew: whether what lies in the cache is measured again, because the machine was busy then, say.
         progress: told what goes on.
 
@@ -462,7 +462,7 @@ def cost_table(
             f"measure on {target}. A cost table is of no use for it."
         )
     shapes = dict.fromkeys(narrow for shape in own for narrow in candidates(shape, multiple))
-    wanted = [(precision, shape) for precision in precisions for shape in shapes]
+    wanted = [(precision, shape) for precision in precisions or PRECISIONS for shape in shapes]
     cache = _Cache(cache_folder() / f"{target}-{_digest(key := _key(target, threads, batch))}.json", key, say)
     missing = [entry for entry in wanted if anew or _text(entry) not in cache]
     for done, chunk in _chunks(missing):

@@ -221,7 +221,8 @@ def struggling(facts: Facts, budget: Budget, trials: Sequence[Trial]) -> str | N
     for target in facts.targets:
         wanted = {Recipe(facts.steps(*numbers), target).digest for numbers in _whole_in_int8(facts)}
         found = [trial for trial in trials if trial.recipe.digest in wanted]
-        if len(found) == len(wanted) and not any(trial.drop_fits(budget) for trial in found):
+        measured = [trial for trial in found if trial.measurement is not None]
+        if len(found) == len(wanted) and measured and not any(trial.drop_fits(budget) for trial in measured):
             return target
     return None
 
