@@ -33,6 +33,7 @@ from featherweight.trials import Budget, Trial
 LARGEST_SHARE = 0.8  # of channels that may be removed: the end of the route on which channels alone go
 DEEPEST = 2 / 3  # of blocks that may be removed: the end of the route on which blocks alone go
 POINTS = 108  # of a route; so many that thirds of thirds, and halves of those, are among them
+COMPARED = 0.7  # of what the whole network costs: where routes are compared
 ROUNDS = 2  # of two shapes each: of channels alone the share is found to LARGEST_SHARE / 3**2
 STORED_TRIALS = 4  # at most, of the bisection over ways to store weights
 FINALISTS = 3  # at most, the shapes that are distilled for long, two of them at first
@@ -188,7 +189,9 @@ def routes(facts: Facts) -> list[Route]:
     deepest = round(DEEPEST * facts.blocks)
     if facts.blocks < 2:
         return [channels]
-    both = [Shape(share / 2, round(deepest / 2 * point / POINTS)) for point, share in enumerate(shares, start=1)]
+    both = [
+        Shape(round(share / 2, 4), round(deepest / 2 * point / POINTS)) for point, share in enumerate(shares, start=1)
+    ]
     return [channels, both, [Shape(0.0, count) for count in range(1, deepest + 1)]]
 
 
@@ -290,12 +293,10 @@ def _shapes(facts: Facts, budget: Budget, target: str, numbers: Numbers) -> Plan
 
 
 def _to_begin_with(facts: Facts, ways: Sequence[Route]) -> list[Shape]:
-    """Two shapes of the only route; of several, one of each that would cost the same, about."""
-    first = [ways[0][point - 1] for point in points_to_try(len(ways[0]), [])]
+    """Two shapes of the only route; of several, one of each that would cost COMPARED of the whole network, about."""
     if len(ways) == 1:
-        return first
-    goal = facts.pace(first[-1])
-    return list(dict.fromkeys(min(way, key=lambda shape: abs(facts.pace(shape) - goal)) for way in ways))
+        return [ways[0][point - 1] for point in points_to_try(len(ways[0]), [])]
+    return list(dict.fromkeys(min(way, key=lambda shape: abs(facts.pace(shape) - COMPARED)) for way in ways))
 
 
 def _first_to_fail(shapes: Sequence[Shape], tried: Mapping[Shape, Trial], budget: Budget) -> Shape:

@@ -262,14 +262,14 @@ def test_of_three_routes_to_the_same_cost_the_one_that_loses_least_is_followed()
     """The budget bears three blocks less, but hardly a channel; what costs the same is what does as much arithmetic."""
     trials = played(BLOCKS, Budget(0.01), by_shape(lambda shape: shape.share < 0.1 and shape.dropped <= 3))
     found = shapes(trials)
-    assert found[:3] == [Shape(0.5333), Shape(0.3, 2), Shape(0.0, 3)]
-    assert all(shape.share == 0 for shape in found[3:5]) and Shape(0.0, 4) in found
+    assert found[:3] == [Shape(0.2963), Shape(0.1593, 1), Shape(0.0, 2)]
+    assert found[3:5] == [Shape(0.0, 3), Shape(0.0, 4)]
     best = best_of(trials, Budget(0.01))
     assert best and strategy.shape_of(BLOCKS, best.recipe) == Shape(0.0, 3)
     taught = [step for trial in trials[2:] for step in trial.recipe.steps if step.name().startswith("distill_")]
     assert all(step.settings()["lr"] == strategy.PLAIN_LR for step in taught)
     channels = shapes(played(BLOCKS, Budget(0.01), by_shape(lambda shape: not shape.dropped and shape.share < 0.6)))
-    assert channels[3:5] == [Shape(0.6222), Shape(0.7111)]
+    assert channels[3:5] == [Shape(0.4667), Shape(0.6296)]
 
 
 def test_what_costs_the_same_is_what_was_predicted_to():
@@ -278,7 +278,7 @@ def test_what_costs_the_same_is_what_was_predicted_to():
     assert facts.pace(Shape(0.4, 1)) == pytest.approx(0.9 * 5 / 6)
     assert BLOCKS.pace(Shape(0.4, 3)) == pytest.approx(0.3)
     found = shapes(played(facts, Budget(0.01), by_shape(lambda shape: True)))
-    assert found[0] == Shape(0.5333) and found[2] == Shape(0.0, 1)  # a block is worth more than half the channels
+    assert found[0] == Shape(0.7926) and found[2] == Shape(0.0, 2)  # two blocks are worth more than all channels
 
 
 def test_routes_become_smaller_from_shape_to_shape_and_end_where_little_is_left():
