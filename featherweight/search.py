@@ -85,6 +85,7 @@ from featherweight.workload import check as check_workload
 
 UNFINISHED = "unfinished"  # the verdict while a search goes on
 POOL = "pool"  # the stage in which a pool is at work
+PREDICTING = 120  # seconds of a time limit that must be left, for a cost table to be measured
 MOST_REVERTED = 0.5  # of the layers in int8 may be left in floats after all
 
 
@@ -289,7 +290,9 @@ class _Search:
         self.watch("")
         self._say_what_is_out_of_reach()
         while not self.late:
-            facts = self._paced(self._with_fragile_layers(facts))
+            facts = self._with_fragile_layers(facts)
+            if deadline - time.monotonic() > PREDICTING:
+                facts = self._paced(facts)
             if not (recipes := next_recipes(facts, self.budget, self.trials)):
                 break
             for batch in [[recipe] for recipe in recipes] if pool.here else [recipes]:
@@ -299,8 +302,8 @@ class _Search:
                     self.progress.line("the time limit leaves no room for another trial")
                     return
                 self._try(batch, pool)
+                self._compare_predictions(facts)
             self._say_what_is_out_of_reach()
-            self._compare_predictions(facts)
         if not measurements(self.trials):
             raise ExportError(
                 f"The network can be put on none of {', '.join(names)}, even uncompressed. The first said: "
@@ -371,7 +374,7 @@ class _Search:
     def _shape_costs(self, facts: Facts, target: str, precision: str, latency_ms: float) -> dict[Shape, float]:
         """Milliseconds by shape: from the folder where they lie there, or as the cost table of the machine says."""
         threads, batch = self.settings.threads, self.settings.batch
-        key = {"recipe": precision, "latency_ms": latency_ms, "target": target, "versions": versions_of(target)}
+        key = {"precision": precision, "latency_ms": latency_ms, "target": target, "versions": versions_of(target)}
         if known := shape_costs.stored(self.folder / SHAPES, key):
             return known
         self.watch("costs")

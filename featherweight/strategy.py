@@ -177,9 +177,7 @@ def expected(facts: Facts, done: int) -> int:
     return max(done + 1, 2 * len(facts.targets) + shapes + len(TEACHINGS) - 1 + FINALISTS)
 
 
-Route = Sequence[
-    Shape
-]  # from slightly smaller than the whole network to the smallest, each smaller than the one before
+Route = Sequence[Shape]  # from little less than the whole network to little, each smaller than the one before
 
 
 def routes(facts: Facts) -> list[Route]:

@@ -620,7 +620,7 @@ def without(model: nn.Module, gone: Sequence[Block]) -> nn.Module:
         before = getattr(container, KEPT, list(container._modules))
         kept = [
             (first, child)
-            for first, (key, child) in zip(before, container.named_children(), strict=True)
+            for first, (key, child) in zip(before, container._modules.items(), strict=True)
             if key not in doomed
         ]
         container._modules.clear()
