@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from featherweight.damage import damage, first_examples, floating_outputs
-from featherweight.surgery import input_quantizer
+from featherweight.surgery import input_quantizer, replace
 from featherweight.workload import Workload
 
 EXAMPLES = 32  # of calibration data
@@ -47,11 +47,9 @@ def worst_first(rounded: nn.Module, exact: nn.Module, workload: Workload) -> lis
 @contextlib.contextmanager
 def _put_back(model: nn.Module, name: str, exact: nn.Module) -> Iterator[None]:
     """Inside the block the layer called `name` is that of `exact`."""
-    place, _, child = name.rpartition(".")
-    parent = model.get_submodule(place)
-    before = getattr(parent, child)
-    setattr(parent, child, exact.get_submodule(name))
+    before = model.get_submodule(name)
+    replace(model, name, exact.get_submodule(name))
     try:
         yield
     finally:
-        setattr(parent, child, before)
+        replace(model, name, before)

@@ -113,7 +113,7 @@ class Facts:
         return Recipe(self.steps(*numbers, shape=[*steps, self.distil(length, shape, teaching)]), target)
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Shape:
     """What is left of a network: the share of channels and the number of whole blocks that go."""
 

@@ -60,3 +60,26 @@ def test_masked_attention_is_exported_without_a_guard_that_keeps_runtimes_from_f
     run = lambda mask: torch.from_numpy(session.run(None, {"x": x.numpy(), "mask": mask.numpy()})[0])  # noqa: E731
     torch.testing.assert_close(run(mask), model(x, mask).detach(), rtol=1e-4, atol=1e-5)
     assert run(torch.zeros_like(mask)).isfinite().all()
+
+
+class Guarded(nn.Module):
+    """Weights of attention by hand, masked with −∞, where a row that is masked whole becomes zeros."""
+
+    def forward(self, x, mask):
+        weights = torch.softmax(x + torch.where(mask > 0, 0.0, float("-inf")), -1)
+        return torch.where(weights.isnan(), 0.0, weights)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the exporter
+def test_a_guard_that_is_needed_stays():
+    ort = pytest.importorskip("onnxruntime")
+    import onnx_ir
+
+    from featherweight.onnx_graph import to_onnx
+
+    x, mask = torch.randn(2, 8), torch.tensor([[1.0] * 3 + [0.0] * 5, [0.0] * 8])
+    network = to_onnx(Guarded(), Workload(Guarded(), (x, mask), [(x, mask)], lambda predict: 0.0))
+    session = ort.InferenceSession(onnx_ir.to_proto(network).SerializeToString())
+    found = session.run(None, {"x": x.numpy(), "mask": mask.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(found), Guarded()(x, mask))
+    assert not found[1].any()
