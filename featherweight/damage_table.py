@@ -1,8 +1,9 @@
-"""What it does to the outputs of a network when one layer alone is stored in fewer bits: measured once, kept on disk.
+"""What it does to the outputs of a network when one layer alone is stored in fewer bytes: measured once, kept on disk.
 
 For each layer and each way to store it, the squared error of the outputs on calibration data, as `damage` has it, and
-the bytes that the layer then takes. Layers that share a weight are treated together, and named by the first. What is
-made of the table is `allocation`'s affair and the strategy's; ranks, widths and codebooks are not in it yet.
+the bytes that the layer then takes: whole numbers of 8 or 4 bits, 16 shared values, or factors of half or a quarter of
+the weights, those in 4 bits. Layers that share a weight are treated together, and named by the first. What is made of
+the table is `allocation`'s affair and the strategy's. Widths are not in it: what channels do shows after training only.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import copy
 import dataclasses
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,12 +31,18 @@ from featherweight.surgery import dense_of, encoding_of, groups_by_weight, is_co
 from featherweight.trials import read_json
 from featherweight.workload import Workload
 
-STEP = "quantize_weights"
-WAYS: dict[str, dict[str, Any]] = {  # other numbers of bits take no fewer bytes than the next of these
-    "8 bits": {"bits": 8},
-    "4 bits in blocks of 32": {"bits": 4, "block": 32},
-    "4 bits in blocks of 128": {"bits": 4, "block": 128},
-    "4 bits": {"bits": 4},
+Way = tuple[tuple[str, dict[str, Any]], ...]  # passes and their settings, one after the other
+
+FACTORIZE = "factorize_svd"
+_FOUR: tuple[str, dict[str, Any]] = ("quantize_weights", {"bits": 4, "block": 32})
+WAYS: dict[str, Way] = {  # other numbers of bits take no fewer bytes than the next of these
+    "8 bits": (("quantize_weights", {"bits": 8}),),
+    "4 bits in blocks of 32": (_FOUR,),
+    "4 bits in blocks of 128": (("quantize_weights", {"bits": 4, "block": 128}),),
+    "4 bits": (("quantize_weights", {"bits": 4}),),
+    "16 shared values": (("cluster_kmeans", {"bits": 4}),),
+    "half of the weights, 4 bits": ((FACTORIZE, {"share": 0.5}), _FOUR),
+    "a quarter of the weights, 4 bits": ((FACTORIZE, {"share": 0.25}), _FOUR),
 }
 FLOAT = "32 bits"
 EXAMPLES = 64  # of calibration data
@@ -56,11 +64,12 @@ def damage_table(model: nn.Module, workload: Workload, path: Path, key: Mapping[
         LayerError: the network returns nothing that can be compared.
     """
     batch = first_examples(workload.calibration, EXAMPLES)
+    quick = dataclasses.replace(workload, calibration=[batch])
     wanted = floating_outputs(model, batch, "the search")
     known = {(option.layer, option.choice): option for option in stored_table(path, key)}
     entries = [(name, way) for name in _layers(model) for way in WAYS]
     for name, way in tqdm([e for e in entries if e not in known], "damage", disable=not sys.stderr.isatty()):
-        changed, size = _stored_otherwise(model, workload, name, WAYS[way])
+        changed, size = _stored_otherwise(model, quick, name, WAYS[way])
         done = damage(floating_outputs(changed, batch, "the search"), wanted)
         known[name, way] = Option(name, way, done, float(size))
         _write(path, key, known)
@@ -75,12 +84,29 @@ def steps_of(choices: Mapping[str, Option]) -> tuple[Pass, ...]:
     >>> [(step.name(), step.where, step.bits) for step in steps_of({"a": a, "b": b})]
     [('quantize_weights', 'a', 8)]
     """
-    found = []
-    for way, settings in WAYS.items():
-        layers = [layer for layer, option in choices.items() if option.choice == way]
-        if layers:
-            found.append(passes.build(STEP, {**settings, "where": ", ".join(layers)}, "the search"))
-    return tuple(found)
+    where: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for names, option in choices.items():
+        for step, patterns in _placed(WAYS.get(option.choice, ()), names):
+            where[step].append(patterns)
+    # a layer is factorized before anything is stored otherwise, and all in one step
+    inner = sorted(where, key=lambda step: step[0] != FACTORIZE)
+    return tuple(_built(step, ", ".join(where[step])) for step in inner)
+
+
+def _placed(way: Way, names: str) -> Iterator[tuple[tuple[str, str], str]]:
+    """The steps of `way`, in a form that can be compared, each with the names of what it is to treat.
+
+    A factorized layer is two, in a row, below its name.
+    """
+    for name, settings in way:
+        yield (name, json.dumps(settings, sort_keys=True)), names
+        if name == FACTORIZE:
+            names = ", ".join(f"{layer}, {layer}.0, {layer}.1" for layer in names.split(", "))
+
+
+def _built(step: tuple[str, str], where: str) -> Pass:
+    name, settings = step
+    return passes.build(name, {**json.loads(settings), "where": where}, "the search")
 
 
 def _layers(model: nn.Module) -> dict[str, int]:
@@ -90,24 +116,29 @@ def _layers(model: nn.Module) -> dict[str, int]:
     return {", ".join(group): dense_of(next(iter(group.values()))).nbytes for group in groups}
 
 
-def _stored_otherwise(
-    model: nn.Module, workload: Workload, names: str, settings: Mapping[str, Any]
-) -> tuple[nn.Module, int]:
-    """A copy in which the layers `names` are stored as `settings` say, and the bytes that takes; 0 where they are left.
+def _stored_otherwise(model: nn.Module, workload: Workload, names: str, way: Way) -> tuple[nn.Module, int]:
+    """A copy in which the layers `names` are stored in this `way`, and the bytes that takes; 0 where they are left.
 
     All other layers are copied without their tensors, which both networks then share.
     """
-    step = passes.build(STEP, {**settings, "where": names}, "the search")
     touched = names.split(", ")
     kept = [t for name, module in model.named_modules() if name not in touched for t in _own(module)]
     changed = copy.deepcopy(model, {id(tensor): tensor for tensor in kept})
     with recording():
         try:
-            changed = step.apply(changed, workload).eval()
+            for step, where in _placed(way, names):
+                changed = _built(step, where).apply(changed, workload).eval()
         except LayerError:
             return changed, 0
-    encoding = encoding_of(changed.get_submodule(touched[0]))
-    return changed, 0 if encoding is None else sum(b.nbytes for b in encoding.buffers())
+    parts = list(changed.get_submodule(touched[0]).modules())
+    treated = any(encoding_of(part) is not None for part in parts)
+    return changed, sum(map(_stored_bytes, parts)) if treated else 0
+
+
+def _stored_bytes(layer: Any) -> int:
+    if (encoding := encoding_of(layer)) is not None:
+        return sum(b.nbytes for b in encoding.buffers())
+    return layer.weight.nbytes if isinstance(layer, KINDS) and not is_computed(layer) else 0
 
 
 def _own(module: nn.Module) -> Iterator[Any]:

@@ -15,7 +15,7 @@ import copy
 import hashlib
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ from featherweight import passes, targets
 from featherweight.errors import FeatherweightError, LayerError, RecipeError, WorkloadError
 from featherweight.passes import Pass
 from featherweight.settings import settings_of
-from featherweight.surgery import Coverage, open_recurrent, recording, use_linear
+from featherweight.surgery import Coverage, left, matches, open_recurrent, recording, use_linear
 from featherweight.workload import Workload, call, check_student, outputs
 
 LONGEST_TEXT = 1 << 20  # characters of YAML
@@ -108,7 +108,7 @@ def compress_model(
         progress: told the name of each step before it begins.
 
     Raises:
-        LayerError: a step changed nothing, or broke the network's outputs.
+        LayerError: a step changed nothing, though what it is for is still there, or broke the network's outputs.
         RecipeError: the steps do not fit together.
         WorkloadError: the student is unlike the model, or the network cannot be copied.
     """
@@ -123,11 +123,16 @@ def compress_model(
     before = _example_outputs(model, workload)
     use_linear(model)
     open_recurrent(model)
+    names = [name for name, _ in model.named_modules()]
     with seeded(seed), recording() as coverage:
         for number, step in enumerate(recipe.steps, start=1):
             label = f"Step {number} ({step.name()})"
             if progress is not None:
                 progress(f"{number}/{len(recipe.steps)} {step.name()}")
+            if gone := _removed(step, names, model):
+                for name in gone:
+                    left(name, f"an earlier step removed it, so there is nothing left for {step.name()} to treat")
+                continue
             model = _applied(step, model, workload, coverage, label)
             _check_outputs(_example_outputs(model, workload, label), before, label)
     return model, coverage
@@ -149,6 +154,12 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------------------ steps
+
+
+def _removed(step: Pass, names: Sequence[str], model: nn.Module) -> list[str]:
+    """Those of the original's `names` that a step is for, if earlier steps have removed them all."""
+    wanted = [name for name in names if matches(name, step.where)]
+    return [] if any(matches(name, step.where) for name, _ in model.named_modules()) else wanted
 
 
 def _applied(step: Pass, model: nn.Module, workload: Workload, coverage: Coverage, label: str) -> nn.Module:

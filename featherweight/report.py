@@ -508,7 +508,7 @@ def _damages(table: Sequence[Option], best: Measurement | None) -> Table:
         [name, *(found.get(way, "–") for way in ways), done.get(name.partition(", ")[0], "–")]
         for name, found in layers.items()
     ]
-    title = "Relative squared error of the outputs, and bytes, where one layer alone is stored in fewer bits"
+    title = "Relative squared error of the outputs, and bytes, where one layer alone is stored in fewer bytes"
     return Table(title, ["layer", *ways, "in the best"], rows, frozenset(range(1, 1 + len(ways))), folded=True)
 
 

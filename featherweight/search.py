@@ -29,43 +29,34 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from featherweight import knobs, passes, shape_costs, targets
-from featherweight.allocation import predicted_frontier
+from featherweight import knobs, targets
 from featherweight.artifact import Artifact, build, replace_artifact, versions_of, write_artifact, write_text_atomic
-from featherweight.cost_table import Predicted, cost_table, write_predictions
-from featherweight.damage_table import damage_table, steps_of
 from featherweight.errors import (
     BudgetError,
     ExportError,
     FeatherweightError,
-    LayerError,
     ProcessError,
     TargetError,
     WorkloadError,
 )
 from featherweight.facts import facts_of, fingerprint
 from featherweight.feasibility import out_of_reach, predicted_ram
-from featherweight.fragile import worst_first
 from featherweight.making import Made, Order, built, changes, known_artifact, made_elsewhere, make, reason
 from featherweight.measure import Baseline, Judgement, Measurement, baseline, measure, physical_cores
-from featherweight.passes import Pass
 from featherweight.pools import Pool, check_pool, open_pool
 from featherweight.processes import processes
 from featherweight.progress import Progress, Stopwatch
-from featherweight.recipe import Recipe, compress_model
+from featherweight.recipe import Recipe
 from featherweight.result import Result, figures
-from featherweight.strategy import Facts, Shape, expected, next_recipes, seconds_of, settled, shape_of, struggling
+from featherweight.strategy import expected, next_recipes, seconds_of
+from featherweight.tables import Tables
 from featherweight.timing import keeping_originals
 from featherweight.trials import (
     BASELINE,
     BEST,
-    COSTS,
-    DAMAGES,
     DIGEST,
-    FRAGILE,
     RECIPE,
     RESULT,
-    SHAPES,
     TRIALS,
     Budget,
     Settings,
@@ -86,7 +77,6 @@ from featherweight.workload import check as check_workload
 UNFINISHED = "unfinished"  # the verdict while a search goes on
 POOL = "pool"  # the stage in which a pool is at work
 PREDICTING = 120  # seconds of a time limit that must be left, for a cost table to be measured
-MOST_REVERTED = 0.5  # of the layers in int8 may be left in floats after all
 
 
 def compress(
@@ -222,7 +212,6 @@ class _Search:
         self.trials = self._stored_trials()
         self.late = self.judged_early = False
         self.knobs: list[knobs.Knob] = []
-        self.whole: Trial | None = None  # of the whole network, with the numbers that shapes are tried with
 
     # ---- what lies on disk
 
@@ -284,15 +273,14 @@ class _Search:
             each = "" if pool.here else " in each process of the pool"
             most = f"{predicted_ram(self.workload) / 1e9:.2g} GB of memory"
             self.progress.line(f"compressing is expected to take {most}{each}")
-        if self.budget.objective == "bytes":
-            self.watch("damage")
-            facts = dataclasses.replace(facts, stored=self._few_bits(facts))
         self.watch("")
+        tables = Tables(self.workload, self.budget, self.folder, self.settings, self.progress, self.watch)
+        facts = tables.with_few_bits(facts)
         self._say_what_is_out_of_reach()
         while not self.late:
-            facts = self._with_fragile_layers(facts)
+            facts = tables.with_fragile_layers(facts, self.trials)
             if deadline - time.monotonic() > PREDICTING:
-                facts = self._paced(facts)
+                facts = tables.with_paces(facts, self.trials)
             if not (recipes := next_recipes(facts, self.budget, self.trials)):
                 break
             for batch in [[recipe] for recipe in recipes] if pool.here else [recipes]:
@@ -302,7 +290,7 @@ class _Search:
                     self.progress.line("the time limit leaves no room for another trial")
                     return
                 self._try(batch, pool)
-                self._compare_predictions(facts)
+                tables.compare(facts, self.trials)
             self._say_what_is_out_of_reach()
         if not measurements(self.trials):
             raise ExportError(
@@ -318,89 +306,6 @@ class _Search:
             self.judged_early = True
             for said in out_of_reach(self.budget, self.original, plain):
                 self.progress.line(f"out of reach: {said}")
-
-    def _few_bits(self, facts: Facts) -> tuple[tuple[Pass, ...], ...]:
-        """Steps that store weights in few bits, from the least harmful to the smallest."""
-        key = {"fingerprint": self.settings.fingerprint, "versions": versions_of("eager")}
-        try:
-            model, _ = compress_model(Recipe(facts.steps(), facts.targets[0]), self.workload)
-            table = damage_table(model, self.workload, self.folder / DAMAGES, key)
-        except LayerError as error:
-            self.progress.line(f"no damage table: {error}")
-            return ()
-        return tuple(steps for choices in predicted_frontier(table) if (steps := steps_of(choices)))
-
-    def _with_fragile_layers(self, facts: Facts) -> Facts:
-        """With the layers that int8 suffers from most, once it is known that int8 as a whole loses too much."""
-        if facts.fragile or (target := struggling(facts, self.budget, self.trials)) is None:
-            return facts
-        self.watch("fragile")
-        key = {"fingerprint": self.settings.fingerprint, "versions": versions_of("eager")}
-        path = self.folder / FRAGILE
-        stored = read_json(path) if path.exists() else {}
-        if stored.get("key") != key:
-            stored = {"key": key, "layers": self._worst_first(facts, target)}
-            write_text_atomic(path, json.dumps(stored, indent=1) + "\n")
-        self.watch("")
-        worst = tuple(map(str, stored["layers"]))
-        return dataclasses.replace(facts, fragile=worst[: int(MOST_REVERTED * len(worst))])
-
-    def _worst_first(self, facts: Facts, target: str) -> list[str]:
-        widest = passes.build("quantize_static", {"range": "minmax"}, "the search")
-        try:
-            rounded, exact = (
-                compress_model(Recipe(facts.steps(*steps), target), self.workload)[0] for steps in ((widest,), ())
-            )
-            return worst_first(rounded, exact, self.workload)
-        except FeatherweightError as error:
-            self.progress.line(f"layers are not told apart: {error}")
-            return []
-
-    def _paced(self, facts: Facts) -> Facts:
-        """With what shapes would cost, once it is settled for which target and with which numbers they are tried."""
-        found = None if self.whole or self.budget.objective == "bytes" else settled(facts, self.budget, self.trials)
-        if found is None:
-            return facts
-        target, numbers = found
-        recipe = Recipe(facts.steps(*numbers), target)
-        self.whole = next((trial for trial in self.trials if trial.recipe == recipe), None)
-        if self.whole is None or self.whole.measurement is None:
-            return facts
-        latency = self.whole.measurement.latency_ms
-        precision = "int8" if any(step.name() == "quantize_static" for step in numbers) else "fp32"
-        costs = self._shape_costs(facts, target, precision, latency)
-        return dataclasses.replace(facts, paces={shape: cost / latency for shape, cost in costs.items()})
-
-    def _shape_costs(self, facts: Facts, target: str, precision: str, latency_ms: float) -> dict[Shape, float]:
-        """Milliseconds by shape: from the folder where they lie there, or as the cost table of the machine says."""
-        threads, batch = self.settings.threads, self.settings.batch
-        key = {"precision": precision, "latency_ms": latency_ms, "target": target, "versions": versions_of(target)}
-        if known := shape_costs.stored(self.folder / SHAPES, key):
-            return known
-        self.watch("costs")
-        try:
-            table = cost_table(self.workload, target, threads=threads, batch=batch, precisions=(precision,))
-            found = shape_costs.predicted(self.workload, facts, table, precision, latency_ms)
-        except FeatherweightError as error:
-            self.progress.line(f"no predictions: {error}")
-            return {}
-        finally:
-            self.watch("")
-        shape_costs.store(self.folder / SHAPES, key, found)
-        return found
-
-    def _compare_predictions(self, facts: Facts) -> None:
-        """Writes what shapes were predicted to take beside what they take."""
-        if not facts.paces or self.whole is None or self.whole.measurement is None:
-            return
-        latency = self.whole.measurement.latency_ms
-        shaped = [(trial, shape_of(facts, trial.recipe)) for trial in self.trials if trial.measurement is not None]
-        found = [
-            Predicted(trial.recipe.digest, facts.pace(shape) * latency, trial.measurement.latency_ms)
-            for trial, shape in shaped
-            if shape is not None and trial.measurement is not None
-        ]
-        write_predictions(self.folder / COSTS, found)
 
     def _try(self, recipes: Sequence[Recipe], pool: Pool) -> None:
         """Builds and judges them side by side; then times one after the other, when nothing else is at work."""

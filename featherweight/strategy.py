@@ -1,15 +1,15 @@
 """What a search tries next: a pure function of facts of the workload, the budget and the trials so far.
 
 Three rungs, cheapest first. The network as it is on every target, and whole in int8 on those that are not far slower
-than another: the best target is kept. Where bytes count, weights in 4 to 8 bits layer by layer, the smallest that the
-budget bears by a bisection along what the damage table predicts, or the smallest of all, distilled. Where int8 loses
-too much, int8 with the widest ranges, int8 trained by distillation, int8 but for the layers that it harms most, twice
-as many each time, int8 with ranges found while running, and weights alone in 8 bits. Then shapes, along a route from
-the whole network to the smallest: fewer channels, or where alike blocks repeat, as in transformers, fewer blocks, or
-both, whichever loses least among three shapes that would cost the same. Shapes of the route are tried two at a time,
-closing in on the smallest that the budget bears. Each is distilled for a short time and turned to numbers as the second
-rung found best; of those that just failed, the most promising are distilled again from the start, for longer
-(successive halving with two rungs; Jamieson, Talwalkar 2016, arXiv:1502.07943).
+than another: the best target is kept. Where bytes count, weights in 4 to 8 bits, as shared values or in factors, layer
+by layer: the smallest that the budget bears by a bisection along what the damage table predicts, and by another beyond
+it, distilled. Where int8 loses too much, int8 with the widest ranges, int8 trained by distillation, int8 but for the
+layers that it harms most, twice as many each time, int8 with ranges found while running, and weights alone in 8 bits.
+Then shapes, along a route from the whole network to the smallest: fewer channels, or where alike blocks repeat, as in
+transformers, fewer blocks, or both, whichever loses least among three shapes that would cost the same. Shapes of the
+route are tried two at a time, closing in on the smallest that the budget bears. Each is distilled for a short time and
+turned to numbers as the second rung found best; of those that just failed, the most promising are distilled again from
+the start, for longer (successive halving with two rungs; Jamieson, Talwalkar 2016, arXiv:1502.07943).
 
 What is proposed together is tried together, whatever comes of each, so that several workers can make it side by side.
 The loop that tries, and measures what it tried, is `search`'s affair; where the facts come from, that of `facts`.
@@ -35,7 +35,8 @@ DEEPEST = 2 / 3  # of blocks that may be removed: the end of the route on which 
 POINTS = 108  # of a route; so many that thirds of thirds, and halves of those, are among them
 COMPARED = 0.7  # of what the whole network costs: where routes are compared
 ROUNDS = 2  # of two shapes each: of channels alone the share is found to LARGEST_SHARE / 3**2
-STORED_TRIALS = 4  # at most, of the bisection over ways to store weights
+STORED_TRIALS = 5  # at most, of the bisection over ways to store weights, as they are
+TAUGHT_TRIALS = 3  # at most, of the one over those beyond, distilled
 FINALISTS = 3  # at most, the shapes that are distilled for long, two of them at first
 SHORT, LONG = 0.5, 2.0  # how long shapes and finalists are distilled, over `Facts.epochs`
 TEACHINGS = ("distill_soft", "distill_hard", "distill_features")  # of which one is chosen by what it recovers
@@ -229,23 +230,29 @@ def struggling(facts: Facts, budget: Budget, trials: Sequence[Trial]) -> str | N
 
 
 def _few_bits(facts: Facts, budget: Budget, target: str) -> Generator[Round, list[Trial], list[tuple[Trial, Numbers]]]:
-    """Bits layer by layer: the smallest first, as it is and distilled, then a bisection along the damage table."""
+    """Ways to store each layer, the smallest that the budget bears: as they are, then distilled, which goes further."""
+    tried: list[tuple[Trial, Numbers]] = []
+
+    def fitting(ways: Sequence[Numbers], first: int, most: int) -> Generator[Round, list[Trial], int]:
+        """The last of `ways` that fits, by a bisection that begins with the one numbered `first`; `most` trials."""
+        fits, breaks, index = -1, len(ways), first
+        for _ in range(most):
+            (trial,) = yield [Recipe(facts.steps(*ways[index]), target)]
+            tried.append((trial, ways[index]))
+            fits, breaks = (index, breaks) if trial.drop_fits(budget) else (fits, index)
+            if fits + 1 >= breaks:
+                break
+            index = (fits + breaks) // 2
+        return fits
+
     if not facts.stored:
         return []
     last = len(facts.stored) - 1
-    taught = (*facts.stored[last], facts.distil())
-    (trial,) = yield [Recipe(facts.steps(*facts.stored[last]), target)]
-    tried: list[tuple[Trial, Numbers]] = [(trial, facts.stored[last])]
-    if trial.drop_fits(budget):
-        return tried
-    fits, breaks = -1, last
-    while fits + 1 < breaks and len(tried) < STORED_TRIALS:
-        index = (fits + breaks) // 2
-        (trial,) = yield [Recipe(facts.steps(*facts.stored[index]), target)]
-        tried.append((trial, facts.stored[index]))
-        fits, breaks = (index, breaks) if trial.drop_fits(budget) else (fits, index)
-    (trial,) = yield [Recipe(facts.steps(*taught), target)]
-    return [*tried, (trial, taught)]
+    fits = yield from fitting(facts.stored, last, STORED_TRIALS)
+    beyond = [(*steps, facts.distil()) for steps in facts.stored[fits + 1 :]]
+    if beyond:
+        yield from fitting(beyond, len(beyond) // 2, TAUGHT_TRIALS)
+    return tried
 
 
 def rungs_of(facts: Facts) -> Iterator[Numbers]:

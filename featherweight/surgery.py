@@ -233,9 +233,15 @@ def use_linear(model: nn.Module) -> None:
 
 
 def replaceable(
-    model: nn.Module, layers: Mapping[str, nn.Module], kinds: tuple[type[nn.Module], ...], example: Batch
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    kinds: tuple[type[nn.Module], ...],
+    example: Batch,
+    tied: bool = False,
 ) -> dict[str, nn.Module]:
     """Those of `layers` in whose place other modules can stand. The others are left, and said to be.
+
+    Layers that share a weight are among them where `tied` says that all of them are replaced together.
 
     A network may do more with a layer than call it: read its weight, ask for its width, give its weight to another.
     So it is tried out: on `example` the outputs must stay as they are with each layer inside an `nn.Sequential`,
@@ -244,7 +250,7 @@ def replaceable(
     found: dict[str, nn.Module] = {}
     for group in groups_by_weight(model, layers):
         for name, layer in group.items():
-            others = [other for other in group if other != name]
+            others = [] if tied else [other for other in group if other != name]
             if why := _irreplaceable(name, layer, kinds, others):
                 left(name, why)
             else:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from featherweight import making, measure, pools, search
+from featherweight import making, measure, pools, search, tables
 from featherweight.artifact import MANIFEST, open_artifact, versions_of, write_artifact
 from featherweight.errors import (
     ArtifactError,
@@ -286,7 +286,7 @@ def _untimed(flag):
     """Given recipes, no table of damages, and nothing that is timed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "next_recipes", _next_recipes)
-        patch.setattr(search, "damage_table", _no_table)
+        patch.setattr(tables, "damage_table", _no_table)
         patch.setattr(search, "baseline", _baseline)
         patch.setattr(search, "measure", _measured)
         yield

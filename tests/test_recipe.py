@@ -247,6 +247,28 @@ def test_a_step_that_changes_nothing_is_an_error_with_its_reasons() -> None:
         compress_model(Recipe((Do(what=skip),), "openvino"), workload())
 
 
+def test_a_step_for_layers_that_an_earlier_one_removed_is_passed_over_and_that_is_said() -> None:
+    class Adds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + 0.1 * self.inner(x)
+
+    model = nn.Sequential(nn.Linear(4, 4), *(Adds() for _ in range(4)))
+    x = torch.randn(8, 4)
+    given = Workload(model.eval(), (x[:2],), [(x,)], lambda predict: 1.0)
+    steps = (passes.build("drop_layers", {"share": 0.5}, "here"), QuantizeWeights(where="4.inner"))
+    found, coverage = compress_model(Recipe(steps, "torch"), given)
+    assert len(found) == 3
+    assert ("4.inner", "an earlier step removed it, so there is nothing left for quantize_weights to treat") in (
+        coverage.left
+    )
+    with pytest.raises(LayerError, match="5.inner"):
+        compress_model(Recipe((*steps[:1], QuantizeWeights(where="5.inner")), "torch"), given)
+
+
 def test_errors_of_passes_name_the_step() -> None:
     recipe = Recipe((QuantizeWeights(), QuantizeStatic()), "openvino")
     with pytest.raises(RecipeError, match=r"Step 2 \(quantize_static\): .*earlier step"):

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from featherweight import making, passes, search
+from featherweight import making, passes, search, tables
 from featherweight.artifact import open_artifact
 from featherweight.cost_table import stored_predictions
 from featherweight.errors import (
@@ -52,6 +52,7 @@ QUICK = [
     ("featherweight.strategy", "ROUNDS", 1),
     ("featherweight.strategy", "TEACHINGS", ("distill_soft",)),
     ("featherweight.strategy", "STORED_TRIALS", 1),
+    ("featherweight.strategy", "TAUGHT_TRIALS", 1),
     ("featherweight.strategy", "FINALISTS", 0),
     ("featherweight.knobs", "BATCHES", (1, 4)),
     ("featherweight.knobs", "ROUNDS", 3),
@@ -163,7 +164,7 @@ def test_for_latency_shapes_are_predicted_before_they_are_measured(tmp_path, mon
     for trial in shaped:
         assert found[trial.recipe.digest].measured_ms == trial.measurement.latency_ms
     assert result.seconds["costs"] > 0
-    monkeypatch.setattr(search, "cost_table", lambda *_, **__: pytest.fail("was measured again"))
+    monkeypatch.setattr(tables, "cost_table", lambda *_, **__: pytest.fail("was measured again"))
     assert _search(tmp_path / "out", Budget(0.05), resume=True).best.digest == result.best.digest
 
 
@@ -174,7 +175,7 @@ def test_where_int8_loses_too_much_the_layers_that_it_harms_most_stay_in_floats(
     where = [step.where for _, t in read_trials(tmp_path / "out") for step in t.recipe.steps if step.where != "*"]
     assert layers and f"!{layers[0]}" in where
     assert result.verdict == "accepted" and result.seconds["fragile"] > 0  # the network as it is keeps to any budget
-    monkeypatch.setattr(search, "worst_first", lambda *_: pytest.fail("was computed again"))
+    monkeypatch.setattr(tables, "worst_first", lambda *_: pytest.fail("was computed again"))
     assert _search(tmp_path / "out", Budget(0.0), resume=True).best.digest == result.best.digest
 
 
@@ -183,7 +184,7 @@ def test_where_nothing_can_be_predicted_shapes_are_tried_all_the_same(tmp_path, 
     def fails(*_, **__):
         raise ArtifactError("the cache is read-only")
 
-    monkeypatch.setattr(search, "cost_table", fails)
+    monkeypatch.setattr(tables, "cost_table", fails)
     heard = Heard()
     _search(tmp_path / "out", Budget(0.05), progress=heard)
     assert heard.lines.count("no predictions: the cache is read-only") == 1

@@ -63,6 +63,7 @@ LAYERS = (
         "search",
         "shape_costs",
         "strategy",
+        "tables",
         "trials",
         "pools",
         "distributed",

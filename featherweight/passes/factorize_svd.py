@@ -6,7 +6,8 @@ with r the rank. With L = 1 the error of the weights is least; with the Cholesky
 layer's input, damped by a hundredth λ of its mean, the error of the outputs on the calibration data is. Where inputs
 hang together, as they do, that is another matrix. A linear layer becomes two; a convolution one with its kernel, to r
 channels in each group, and one of size 1; an embedding a narrower one and a linear layer. All are ordinary layers, that
-later steps train, prune and quantize as any other.
+later steps train, prune and quantize as any other. Layers that share a weight, as embedding and last layer of language
+models do, share the factors: those of the first that is no embedding, and by its inputs.
 
 A layer with few outputs cannot spare rank: at half of its weights ten classes come from four numbers. Leave the last
 layer out with `where`, such as `!head`.
@@ -21,6 +22,7 @@ convolutions; Eckart and Young 1936, doi:10.1007/BF02288367, for what is best at
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -45,6 +47,7 @@ from featherweight.settings import Choice, Range
 from featherweight.surgery import (
     WEIGHTED,
     done,
+    groups_by_weight,
     leave_others,
     left,
     refuse_encoded,
@@ -55,6 +58,7 @@ from featherweight.surgery import (
 from featherweight.workload import Workload
 
 KINDS = (*WEIGHTED, nn.Embedding)
+Group = Mapping[str, nn.Module]  # layers that share one weight
 DAMPING = 0.01  # of the mean of the diagonal: for directions that calibration data never shows
 
 # ------------------------------------------------------------------------------------------------ mathematics
@@ -142,44 +146,48 @@ class FactorizeSvd(Pass):
         layers = select(model, self.where, KINDS)
         refuse_encoded(layers, self.name(), "factorize")
         leave_others(model, self.where, layers, self.name())
-        free = replaceable(model, layers, KINDS, workload.example)
-        chosen = {name: layer for name, layer in free.items() if _can_save(name, layer)}
+        free = replaceable(model, layers, KINDS, workload.example, tied=True)
+        groups = {_leader(group): group for group in groups_by_weight(model, free) if _can_save(group)}
+        leaders = {name: group[name] for name, group in groups.items()}
         pairs = {}
-        for part in parts(chosen) if self.whiten else [chosen]:
+        for part in parts(leaders) if self.whiten else [leaders]:
             watched = {name: layer for name, layer in part.items() if not isinstance(layer, nn.Embedding)}
             found = grams(model, watched, workload) if self.whiten and watched else {}
-            for name, layer in part.items():
+            for name in part:
                 moment = found.pop(name).mean() if name in found else None
-                if (pair := self._pair(name, layer, moment)) is not None:
-                    pairs[name] = pair
+                pairs.update(self._pairs(groups[name], name, moment))
         for name, pair in pairs.items():
             replace(model, name, pair)
         return model
 
-    def _pair(self, name: str, layer: Any, moment: Tensor | None) -> nn.Sequential | None:
-        """What takes the place of `layer`; None, and said to be left, where that would save nothing."""
-        weight = matrices(layer).double()
+    def _pairs(self, group: Group, leader: str, moment: Tensor | None) -> dict[str, nn.Sequential]:
+        """What takes the place of each layer of a group; nothing, and said to be left, where that saves nothing."""
+        weight = matrices(group[leader]).double()
         root = None if moment is None else damped_root(moment.double(), DAMPING)
-        rank = self._rank(weight if root is None else weight @ root)
+        narrow = len({isinstance(layer, nn.Embedding) for layer in group.values()})
+        rank = self._rank(weight if root is None else weight @ root, narrow)
         groups, out, inputs = weight.shape
-        if not 0 < rank <= rank_for_parameters(out, inputs, 1.0):
-            left(name, self._why_left(rank, out, inputs))
-            return None
+        if not 0 < rank <= rank_for_parameters(out, narrow * inputs, 1.0 / narrow):
+            for name in group:
+                left(name, self._why_left(rank, out, inputs))
+            return {}
         b, a = svd_factors(weight, rank) if root is None else whitened_factors(weight, root, rank)
-        first, second = _layers(layer, b, a)
-        after = weights_in(first, second)
-        full = min(out, inputs)
+        made = _sharing({name: _layers(layer, *_seen_by(layer, group[leader], b, a)) for name, layer in group.items()})
         each = f" in each of {groups} groups" if groups > 1 else ""
-        done(name, f"rank {rank} of {full}{each}, {layer.weight.numel():,} -> {after:,} weights")
-        return in_a_row(layer, first, second)
+        shared = " shared" if len(group) > 1 else ""
+        for name, pair in made.items():
+            before, after = group[name].weight.numel(), weights_in(*pair)  # type: ignore[operator]
+            done(name, f"rank {rank} of {min(out, inputs)}{each}, {before:,} -> {after:,}{shared} weights")
+        return {name: in_a_row(group[name], *pair) for name, pair in made.items()}
 
-    def _rank(self, weight: Float[Tensor, "groups out in"]) -> int:
+    def _rank(self, weight: Float[Tensor, "groups out in"], narrow: int) -> int:
+        """Of factors of which the second is there in so many forms."""
         groups, out, inputs = weight.shape
         if self.rank_by == "parameters":
-            rank = rank_for_parameters(out, inputs, self.share)
+            rank = rank_for_parameters(out, narrow * inputs, self.share / narrow)
             return rank // step_of(groups) * step_of(groups) or rank
         rank = rank_for_energy(torch.linalg.svdvals(weight), self.share)
-        return rounded_up(rank, step_of(groups), rank_for_parameters(out, inputs, 1.0))
+        return rounded_up(rank, step_of(groups), rank_for_parameters(out, narrow * inputs, 1.0 / narrow))
 
     def _why_left(self, rank: int, out: int, inputs: int) -> str:
         if not rank:
@@ -190,15 +198,22 @@ class FactorizeSvd(Pass):
         )
 
 
-def _can_save(name: str, layer: nn.Module) -> bool:
-    """Whether factors of some rank hold fewer weights than `layer`, which is else said to be left."""
-    _, out, inputs = matrices(layer).shape
-    if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
-        left(name, "it rescales its rows as they are read (max_norm)")
+def _leader(group: Group) -> str:
+    """The layer of a group whose factors all share: the first that reads vectors."""
+    return next((name for name, layer in group.items() if not isinstance(layer, nn.Embedding)), next(iter(group)))
+
+
+def _can_save(group: Group) -> bool:
+    """Whether factors of some rank hold fewer weights than the layers, which are else said to be left."""
+    _, out, inputs = matrices(next(iter(group.values()))).shape
+    if any(isinstance(layer, nn.Embedding) and layer.max_norm is not None for layer in group.values()):
+        why = "it rescales its rows as they are read (max_norm)"
     elif rank_for_parameters(out, inputs, 1.0) == 0:
-        left(name, "at every rank its factors hold no fewer weights than it does")
+        why = "at every rank its factors hold no fewer weights than it does"
     else:
         return True
+    for name in group:
+        left(name, why)
     return False
 
 
@@ -209,6 +224,27 @@ def matrices(layer: Any) -> Float[Tensor, "groups out in"]:
         return weight.T.unsqueeze(0)
     groups = 1 if isinstance(layer, nn.Linear) else layer.groups
     return weight.reshape(groups, weight.shape[0] // groups, -1)
+
+
+Factors = tuple[Float[Tensor, "groups out rank"], Float[Tensor, "groups rank in"]]  # B and A
+
+
+def _seen_by(layer: Any, leader: Any, b: Tensor, a: Tensor) -> Factors:
+    """The leader's factors as `layer` has them: an embedding's matrix is that of a linear layer, transposed."""
+    if isinstance(layer, nn.Embedding) and not isinstance(leader, nn.Embedding):
+        return a.mT, b.mT
+    return b, a
+
+
+def _sharing(pairs: dict[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any]]:
+    """The same pairs, their weights one wherever they are equal."""
+    shared: dict[tuple[str, bool], nn.Parameter] = {}
+    for first, second in pairs.values():
+        looks_up = isinstance(first, nn.Embedding)
+        wide, narrow = (first, second) if looks_up else (second, first)
+        wide.weight = shared.setdefault(("wide", False), wide.weight)
+        narrow.weight = shared.setdefault(("narrow", looks_up), narrow.weight)
+    return pairs
 
 
 def _layers(layer: Any, b: Float[Tensor, "groups out rank"], a: Float[Tensor, "groups rank in"]) -> tuple[Any, Any]:
