@@ -322,13 +322,16 @@ def grid(bits: int) -> tuple[int, int]:
 
 
 def fitting_block(row: int, block: int) -> int:
-    """The largest divisor of `row` that is no larger than `block`; 0 (no blocks) where that is under 16.
+    """The size of blocks for rows of `row` weights: the largest no larger than `block`, else up to twice as large.
 
-    >>> fitting_block(384, 128), fitting_block(27, 32), fitting_block(17, 8), fitting_block(96, 64)
-    (128, 27, 0, 48)
+    They divide the row, hold 16 weights at least, and an even number of them: two codes lie in a byte, and OpenVINO
+    (2026.4) computes something else where a block ends in the middle of one. 0 (no blocks) where there is none.
+
+    >>> fitting_block(384, 128), fitting_block(96, 64), fitting_block(184, 32), fitting_block(27, 32)
+    (128, 48, 46, 0)
     """
-    best = max(size for size in range(1, min(row, max(block, 1)) + 1) if row % size == 0)
-    return best if best >= SMALLEST_BLOCK else 0
+    sizes = [size for size in range(SMALLEST_BLOCK, min(row, 2 * block) + 1, 2) if row % size == 0]
+    return max((size for size in sizes if size <= block), default=min(sizes, default=0))
 
 
 def affine_scale(

@@ -12,8 +12,9 @@ models do, share the factors: those of the first that is no embedding, and by it
 A layer with few outputs cannot spare rank: at half of its weights ten classes come from four numbers. Leave the last
 layer out with `where`, such as `!head`.
 
-Inputs are those of the network as it was, not those that follow layers factorized already. Embeddings are never
-whitened: calibration data shows too few of their rows. Transposed convolutions are left.
+Inputs are those of the network as it was, not those that follow layers factorized already. An embedding's are the
+numbers of its rows, so its L is diagonal: rows that calibration data reads often are met more closely, and the others,
+which count by the damping alone, in the directions that are left. Transposed convolutions are left.
 
 Source: Wang, Zheng, Wan, Zhang 2024, arXiv:2403.07378, section 3, for the whitening (Yuan et al. 2023,
 arXiv:2312.05821, scale single features instead); Zhang, Zou, He, Sun 2015, arXiv:1505.06798, section 2, for
@@ -31,6 +32,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from featherweight.gram import grams, parts
+from featherweight.hooks import watch_inputs
 from featherweight.low_rank import (
     convolution,
     embedding,
@@ -79,36 +81,50 @@ def svd_factors(
     return u[..., :rank] * roots.unsqueeze(-2), vt[..., :rank, :] * roots.unsqueeze(-1)
 
 
+Root = (
+    Float[Tensor, "*groups in in"] | Float[Tensor, " in"]
+)  # lower triangular, or the diagonal of one that is diagonal
+
+
+def whitened(weight: Float[Tensor, "*groups out in"], root: Root) -> Float[Tensor, "*groups out in"]:
+    """W L: the weight as inputs see it that hang together as `root` says."""
+    return weight * root if root.dim() == 1 else weight @ root
+
+
 def whitened_factors(
-    weight: Float[Tensor, "*groups out in"], root: Float[Tensor, "*groups in in"], rank: int
+    weight: Float[Tensor, "*groups out in"], root: Root, rank: int
 ) -> tuple[Float[Tensor, "*groups out rank"], Float[Tensor, "*groups rank in"]]:
     """B and A of the given rank whose product is nearest to `weight` in the squared error of the outputs.
 
     Args:
         weight: so that y = weight · x.
-        root: of the second moment of x, lower triangular.
+        root: of the second moment of x.
         rank: of the product.
 
-    >>> b, a = whitened_factors(torch.tensor([[8.0, 0.0], [0.0, 0.5]]), torch.diag(torch.tensor([0.1, 10.0])), rank=1)
+    >>> b, a = whitened_factors(torch.tensor([[8.0, 0.0], [0.0, 0.5]]), torch.tensor([0.1, 10.0]), rank=1)
     >>> b @ a  # the large weight reads next to nothing
     tensor([[0.0000, 0.0000],
             [0.0000, 0.5000]])
     """
-    b, a = svd_factors(weight @ root, rank)
-    return b, torch.linalg.solve_triangular(root, a, upper=False, left=False)
+    b, a = svd_factors(whitened(weight, root), rank)
+    return b, a / root if root.dim() == 1 else torch.linalg.solve_triangular(root, a, upper=False, left=False)
 
 
-def damped_root(moment: Float[Tensor, "groups in in"], damping: float) -> Float[Tensor, "groups in in"]:
+def damped_root(moment: Root, damping: float) -> Root:
     """The Cholesky factor of `moment` over the mean of its diagonals, plus `damping` on them.
 
     >>> damped_root(torch.diag(torch.tensor([2.0, 6.0]))[None], damping=0.0).square()
     tensor([[[0.5000, 0.0000],
              [0.0000, 1.5000]]])
+    >>> damped_root(torch.tensor([2.0, 6.0]), damping=0.0).square()
+    tensor([0.5000, 1.5000])
     """
-    level = moment.diagonal(dim1=-2, dim2=-1).mean()
+    level = (moment if moment.dim() == 1 else moment.diagonal(dim1=-2, dim2=-1)).mean()
     scaled = moment / level if level > 0 else torch.zeros_like(moment)
-    ridge = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device) * (damping if level > 0 else 1.0)
-    return torch.linalg.cholesky(scaled + ridge)
+    least = damping if level > 0 else 1.0
+    if moment.dim() == 1:
+        return (scaled + least).sqrt()
+    return torch.linalg.cholesky(scaled + least * torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device))
 
 
 def rank_for_parameters(out: int, inputs: int, share: float) -> int:
@@ -151,11 +167,9 @@ class FactorizeSvd(Pass):
         leaders = {name: group[name] for name, group in groups.items()}
         pairs = {}
         for part in parts(leaders) if self.whiten else [leaders]:
-            watched = {name: layer for name, layer in part.items() if not isinstance(layer, nn.Embedding)}
-            found = grams(model, watched, workload) if self.whiten and watched else {}
+            moments = _moments(model, part, workload) if self.whiten else {}
             for name in part:
-                moment = found.pop(name).mean() if name in found else None
-                pairs.update(self._pairs(groups[name], name, moment))
+                pairs.update(self._pairs(groups[name], name, moments.pop(name, None)))
         for name, pair in pairs.items():
             replace(model, name, pair)
         return model
@@ -163,15 +177,15 @@ class FactorizeSvd(Pass):
     def _pairs(self, group: Group, leader: str, moment: Tensor | None) -> dict[str, nn.Sequential]:
         """What takes the place of each layer of a group; nothing, and said to be left, where that saves nothing."""
         weight = matrices(group[leader]).double()
-        root = None if moment is None else damped_root(moment.double(), DAMPING)
+        root = torch.ones_like(weight[0, 0]) if moment is None else damped_root(moment.double(), DAMPING)
         narrow = len({isinstance(layer, nn.Embedding) for layer in group.values()})
-        rank = self._rank(weight if root is None else weight @ root, narrow)
+        rank = self._rank(whitened(weight, root), narrow)
         groups, out, inputs = weight.shape
         if not 0 < rank <= rank_for_parameters(out, narrow * inputs, 1.0 / narrow):
             for name in group:
                 left(name, self._why_left(rank, out, inputs))
             return {}
-        b, a = svd_factors(weight, rank) if root is None else whitened_factors(weight, root, rank)
+        b, a = whitened_factors(weight, root, rank)
         made = _sharing({name: _layers(layer, *_seen_by(layer, group[leader], b, a)) for name, layer in group.items()})
         each = f" in each of {groups} groups" if groups > 1 else ""
         shared = " shared" if len(group) > 1 else ""
@@ -196,6 +210,21 @@ class FactorizeSvd(Pass):
             f"{self.share:g} of its energy takes rank {rank} of {min(out, inputs)}, at which its factors hold no "
             "fewer weights"
         )
+
+
+def _moments(model: nn.Module, layers: Mapping[str, nn.Module], workload: Workload) -> dict[str, Tensor]:
+    """E[x xᵀ] of what each layer reads; of an embedding the diagonal, which is how often each row is read."""
+    tables = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Embedding)}
+    counts = {name: torch.zeros(layer.num_embeddings) for name, layer in tables.items()}
+
+    def count(name: str, ids: Tensor) -> None:
+        counts[name] += torch.bincount(ids.flatten(), minlength=len(counts[name]))
+
+    if tables:
+        watch_inputs(model, tables, workload.calibration, count)
+    others = {name: layer for name, layer in layers.items() if name not in tables}
+    found = grams(model, others, workload) if others else {}
+    return {**counts, **{name: gram.mean() for name, gram in found.items()}}
 
 
 def _leader(group: Group) -> str:

@@ -148,7 +148,7 @@ class QuantizeAutoround(Pass):
     Args:
         bits: of each weight. Up to 4 are stored two to a byte, from 5 on one.
         block: how many consecutive weights of a row share a scale; 0 for one scale per output channel. Where it
-            does not divide a row, the largest smaller size that does is taken.
+            does not divide a row, another even size that does is taken.
         steps: of the descent in every block; none feeds errors on from nearest rounding.
     """
 

@@ -116,7 +116,7 @@ class QuantizeGptq(Pass):
     Args:
         bits: of each weight. Up to 4 are stored two to a byte, from 5 on one.
         block: how many consecutive weights of a row share a scale; 0 for one scale per output channel. Where it
-            does not divide a row, the largest smaller size that does is taken.
+            does not divide a row, another even size that does is taken.
         order: whether the inputs of the largest mean square are rounded first.
         sequential: whether each layer sees inputs from the network as rounded so far, else from the original. What it
             gained or lost at 2 to 4 bits, in networks of 3 to 12 layers, was mostly within chance (LOG.md). Either

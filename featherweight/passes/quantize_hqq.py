@@ -78,7 +78,7 @@ class QuantizeHqq(Pass):
     Args:
         bits: of each weight. Up to 4 are stored two to a byte, from 5 on one.
         block: how many consecutive weights of a row share a scale and an offset; 0 for one of each per output channel.
-            Where it does not divide a row, the largest smaller size that does is taken.
+            Where it does not divide a row, another even size that does is taken.
         norm: the power of errors that is made least; the smaller, the less outliers count.
     """
 

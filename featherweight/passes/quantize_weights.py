@@ -40,7 +40,7 @@ class QuantizeWeights(Pass):
     Args:
         bits: of each weight.
         block: how many consecutive weights of a row share a scale; 0 for one scale per output channel. Where it
-            does not divide a row, the largest smaller size that does is taken.
+            does not divide a row, another even size that does is taken.
         search: whether scales minimise the squared error (else they cover the largest weight).
         offset: whether each scale has a value beside it that code 0 stands for, which takes as much room: of use where
             a scale has few weights, which do not lie alike round zero. Weights that were pruned to zeros have none.

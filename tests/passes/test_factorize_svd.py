@@ -179,6 +179,18 @@ def test_an_embedding_of_low_rank_becomes_a_narrower_one_and_a_linear_layer() ->
     torch.testing.assert_close(after(ids), table(ids), rtol=1e-5, atol=1e-5)
 
 
+def test_rows_of_an_embedding_that_are_read_often_are_met_more_closely() -> None:
+    table = nn.Embedding(200, 32)
+    ids = torch.randint(0, 20, (64, 8))
+    model, errors = nn.Sequential(table), {}
+    for whiten in (True, False):
+        after, _ = factorized(model, ids, share=0.5, whiten=whiten)
+        off = (after(torch.arange(200)) - table.weight).square().sum(1).detach()
+        errors[whiten] = (float(off[:20].mean()), float(off[20:].mean()))
+    assert errors[True][0] < 0.6 * errors[False][0]
+    assert errors[False][1] <= errors[True][1] < 2 * errors[False][1]
+
+
 def test_second_moments_that_do_not_fit_into_memory_together_are_taken_in_turn(monkeypatch) -> None:
     workload = networks()["residual"]
     together, coverage = compress_model(Recipe((FactorizeSvd(),), "torch"), workload)

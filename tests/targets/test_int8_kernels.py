@@ -127,6 +127,21 @@ def test_weights_are_stored_in_few_bits(target, bits, block, share, tmp_path):
     assert sizes[1] <= share * sizes[0]
 
 
+@pytest.mark.parametrize("width", [184, 92, 46, 69])
+@pytest.mark.parametrize("target", targets.installed())
+def test_rows_that_hold_no_whole_number_of_blocks_are_computed_right(target, width, tmp_path):
+    """Blocks of 23 weights, which OpenVINO takes and computes something else with, are never made."""
+    model = nn.Sequential(nn.Embedding(300, width), nn.Linear(width, 64)).eval()
+    batch = (torch.randint(0, 300, (8, 5)),)
+    workload = Workload(model, batch, [batch], lambda predict: 0.0)
+    compressed = QuantizeWeights(bits=4, block=32).apply(copy.deepcopy(model), workload)
+    targets.find(target).export(compressed, workload, tmp_path)
+    (found,) = targets.find(target).load(tmp_path, threads=1)([batch[0].numpy()])
+    with torch.no_grad():
+        wanted = compressed(*batch).numpy()
+    assert np.linalg.norm(found - wanted) <= 0.02 * np.linalg.norm(wanted)
+
+
 @pytest.mark.parametrize("target", targets.installed())
 def test_files_do_not_tell_where_they_were_made(target, workload, tmp_path):
     targets.find(target).export(workload.model, workload, tmp_path)
