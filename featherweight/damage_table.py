@@ -1,9 +1,10 @@
 """What it does to the outputs of a network when one layer alone is stored in fewer bytes: measured once, kept on disk.
 
 For each layer and each way to store it, the squared error of the outputs on calibration data, as `damage` has it, and
-the bytes that the layer then takes: whole numbers of 8 or 4 bits, 16 shared values, or factors of half or a quarter of
-the weights, those in 4 bits. Layers that share a weight are treated together, and named by the first. What is made of
-the table is `allocation`'s affair and the strategy's. Widths are not in it: what channels do shows after training only.
+the bytes that the layer then takes: whole numbers of 8 or 4 bits, rounded to the nearest or by GPTQ, 16 shared values,
+or factors of half or a quarter of the weights, those in 4 bits. Layers that share a weight are treated together, and
+named by the first. What is made of the table is `allocation`'s affair and the strategy's. Widths are not in it: what
+channels do shows after training only.
 """
 
 from __future__ import annotations
@@ -38,18 +39,21 @@ _FOUR: tuple[str, dict[str, Any]] = ("quantize_weights", {"bits": 4, "block": 32
 WAYS: dict[str, Way] = {  # other numbers of bits take no fewer bytes than the next of these
     "8 bits": (("quantize_weights", {"bits": 8}),),
     "4 bits in blocks of 32": (_FOUR,),
-    "4 bits in blocks of 128": (("quantize_weights", {"bits": 4, "block": 128}),),
     "4 bits": (("quantize_weights", {"bits": 4}),),
+    "4 bits in blocks of 32, errors fed on": (("quantize_gptq", {"bits": 4, "block": 32}),),
+    "4 bits in blocks of 128, errors fed on": (("quantize_gptq", {"bits": 4, "block": 128}),),
+    "4 bits, errors fed on": (("quantize_gptq", {"bits": 4}),),
     "16 shared values": (("cluster_kmeans", {"bits": 4}),),
     "half of the weights, 4 bits": ((FACTORIZE, {"share": 0.5}), _FOUR),
     "a quarter of the weights, 4 bits": ((FACTORIZE, {"share": 0.25}), _FOUR),
 }
+FEW, SMALL = 2, 0.005  # ways for layers of less than this share of all bytes, from which nothing is to be had
 FLOAT = "32 bits"
 EXAMPLES = 64  # of calibration data
 
 
 def damage_table(model: nn.Module, workload: Workload, path: Path, key: Mapping[str, Any]) -> list[Option]:
-    """An option for each layer with weights and each of WAYS, and one that leaves it as it is.
+    """An option for each layer with weights and each of WAYS, of small layers FEW, and one that leaves it as it is.
 
     Entries are written to `path` as they come, and read from it where they lie there for the same `key`.
 
@@ -67,13 +71,15 @@ def damage_table(model: nn.Module, workload: Workload, path: Path, key: Mapping[
     quick = dataclasses.replace(workload, calibration=[batch])
     wanted = floating_outputs(model, batch, "the search")
     known = {(option.layer, option.choice): option for option in stored_table(path, key)}
-    entries = [(name, way) for name in _layers(model) for way in WAYS]
+    layers = _layers(model)
+    small = SMALL * sum(layers.values())
+    entries = [(name, way) for name, size in layers.items() for way in list(WAYS)[: FEW if size < small else None]]
     for name, way in tqdm([e for e in entries if e not in known], "damage", disable=not sys.stderr.isatty()):
         changed, size = _stored_otherwise(model, quick, name, WAYS[way])
         done = damage(floating_outputs(changed, batch, "the search"), wanted)
         known[name, way] = Option(name, way, done, float(size))
         _write(path, key, known)
-    floats = [Option(name, FLOAT, 0.0, float(weight)) for name, weight in _layers(model).items()]
+    floats = [Option(name, FLOAT, 0.0, float(size)) for name, size in layers.items()]
     return [*floats, *(known[entry] for entry in entries if known[entry].cost > 0)]
 
 
