@@ -39,9 +39,7 @@ _FOUR: tuple[str, dict[str, Any]] = ("quantize_weights", {"bits": 4, "block": 32
 WAYS: dict[str, Way] = {  # other numbers of bits take no fewer bytes than the next of these
     "8 bits": (("quantize_weights", {"bits": 8}),),
     "4 bits in blocks of 32": (_FOUR,),
-    "4 bits": (("quantize_weights", {"bits": 4}),),
     "4 bits in blocks of 32, errors fed on": (("quantize_gptq", {"bits": 4, "block": 32}),),
-    "4 bits in blocks of 128, errors fed on": (("quantize_gptq", {"bits": 4, "block": 128}),),
     "4 bits, errors fed on": (("quantize_gptq", {"bits": 4}),),
     "16 shared values": (("cluster_kmeans", {"bits": 4}),),
     "half of the weights, 4 bits": ((FACTORIZE, {"share": 0.5}), _FOUR),

@@ -29,6 +29,7 @@ from featherweight.workload import Workload, input_names
 if TYPE_CHECKING:
     import onnx_ir
 
+PRODUCTS = ("MatMul", "Gemm", "Conv")  # operators of layers
 OPSET = 21  # the first with INT4 and blocked DequantizeLinear
 SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter notes the modules that an operator lies in, and its own name
 
@@ -222,9 +223,42 @@ def _simplify(graph_model: onnx_ir.Model, kept: Collection[str]) -> None:
         optimizer.optimize_ir(graph_model, should_fold=should_fold)
         RewritePass([_rounding_before_padding(), _attention_without_guard()])(graph_model)
         RewritePass([fuse_pad_into_conv_rule])(graph_model)
+        _compute_what_no_input_reaches(graph_model)
         common.DeduplicateInitializersPass(size_limit=1 << 40)(graph_model)
         common.CommonSubexpressionEliminationPass()(graph_model)
         common.RemoveUnusedNodesPass()(graph_model)
+
+
+def _compute_what_no_input_reaches(graph_model: onnx_ir.Model) -> None:
+    """Products of constants become constants, such as factors of a table of positions that are always the same.
+
+    Weights that are only decoded are no product, and stay as they are stored. OpenVINO (2026.4) cannot compute such a
+    product beforehand where weights have 4 bits, and refuses the file.
+    """
+    import onnx_ir
+    from onnx.reference import ReferenceEvaluator
+
+    graph = graph_model.graph
+    fixed: set[onnx_ir.Value] = set(graph.initializers.values())
+    products: set[onnx_ir.Value] = set()
+    for node in graph:
+        given = [value for value in node.inputs if value is not None]
+        if all(value in fixed for value in given) and (given or node.op_type == "Constant"):
+            fixed.update(node.outputs)
+            if node.op_type in PRODUCTS or not products.isdisjoint(given):
+                products.update(node.outputs)
+    made = [value for node in graph for value in node.outputs if value in products]
+    ends = [value for value in made if any(not products.issuperset(use.node.outputs) for use in value.uses())]
+    if not ends:
+        return
+    part = onnx_ir.convenience.extract(graph, [], ends)
+    alone = onnx_ir.Model(part, ir_version=graph_model.ir_version)
+    for value, found in zip(ends, ReferenceEvaluator(onnx_ir.to_proto(alone)).run(None, {}), strict=True):
+        tensor = onnx_ir.tensor(found, name=f"{value.name}/computed")
+        kind = onnx_ir.TensorType(tensor.dtype)
+        constant = onnx_ir.Value(name=tensor.name, shape=onnx_ir.Shape(found.shape), type=kind, const_value=tensor)
+        graph.register_initializer(constant)
+        onnx_ir.convenience.replace_all_uses_with(value, constant)
 
 
 def _rounding_before_padding() -> Any:

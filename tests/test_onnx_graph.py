@@ -5,6 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from featherweight import targets
+from featherweight.passes.factorize_svd import FactorizeSvd
+from featherweight.passes.quantize_weights import QuantizeWeights
+from featherweight.recipe import Recipe, compress_model
+from featherweight.testing import check_export
 from featherweight.workload import Workload, input_names
 
 
@@ -83,3 +88,42 @@ def test_a_guard_that_is_needed_stays():
     found = session.run(None, {"x": x.numpy(), "mask": mask.numpy()})[0]
     torch.testing.assert_close(torch.from_numpy(found), Guarded()(x, mask))
     assert not found[1].any()
+
+
+class Placed(nn.Module):
+    """Tokens and their places, which are always the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.token, self.place, self.out = nn.Embedding(300, 384), nn.Embedding(512, 384), nn.Linear(384, 8)
+        self.register_buffer("places", torch.arange(512)[None])
+
+    def forward(self, ids):
+        return self.out(self.token(ids) + self.place(self.places[:, : ids.shape[1]]))
+
+
+@pytest.mark.filterwarnings("ignore")  # of the exporter
+@pytest.mark.parametrize("target", targets.installed())
+def test_factors_of_what_is_always_the_same_are_computed_beforehand(target, tmp_path):
+    """OpenVINO refuses a product of constants of 4 bits."""
+    ids = torch.randint(0, 300, (4, 32))
+    workload = Workload(Placed().eval(), (ids[:2],), [(ids,)], lambda predict: 0.0)
+    steps = (FactorizeSvd(share=0.25, where="place"), QuantizeWeights(bits=4, block=32))
+    model, _ = compress_model(Recipe(steps, target), workload)
+    check_export(targets.find(target), model, workload, tmp_path)
+
+
+def test_decoded_weights_are_no_product():
+    pytest.importorskip("onnxscript")
+    from featherweight.onnx_graph import to_onnx
+
+    ids = torch.randint(0, 300, (4, 32))
+    workload = Workload(Placed().eval(), (ids[:2],), [(ids,)], lambda predict: 0.0)
+    steps = (FactorizeSvd(share=0.25, where="place"), QuantizeWeights(bits=4, block=32))
+    model, _ = compress_model(Recipe(steps, "onnxruntime"), workload)
+    graph = to_onnx(model, workload).graph
+    assert [node.op_type for node in graph].count("MatMul") == 1
+    assert [value.name for value in graph.initializers.values() if value.name.endswith("/computed")] == [
+        "linear/computed"
+    ]
+    assert sum(value.dtype.name == "INT4" for value in graph.initializers.values()) == 2  # of tokens and the last

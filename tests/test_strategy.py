@@ -209,7 +209,7 @@ STORED = tuple((build("quantize_weights", {"bits": 8 - n, "where": f"layer{n}"},
 
 @pytest.mark.parametrize("last", range(-1, 6))
 def test_for_bytes_the_smallest_ways_to_store_that_the_budget_bears_are_found_by_bisection(last):
-    """Of six ways, from the least harmful to the smallest, those up to `last` keep to the budget, distilled two more."""
+    """Of six ways, from the least harmful to the smallest, those up to `last` fit the budget, distilled two more."""
 
     def is_taught(recipe: Recipe) -> bool:
         return len(recipe.steps) == 3 and recipe.steps[-1].name() == "distill_soft"
