@@ -248,11 +248,15 @@ def _return_tuple(program: Any) -> None:
 
 
 def _without_pickles(path: Path) -> None:
-    """Empties the record of sample inputs, which torch writes as a pickle even when there are none."""
+    """Empties the record of sample inputs, which torch writes as a pickle even when there are none.
+
+    Records carry no time, so that the same network is the same file whenever it is written.
+    """
     kept = path.with_suffix(".kept")
     with zipfile.ZipFile(path) as source, zipfile.ZipFile(kept, "w", zipfile.ZIP_STORED) as target:
         for item in source.infolist():
-            target.writestr(item.filename, b"" if "/sample_inputs/" in item.filename else source.read(item))
+            record = zipfile.ZipInfo(item.filename)
+            target.writestr(record, b"" if "/sample_inputs/" in item.filename else source.read(item))
     kept.replace(path)
 
 

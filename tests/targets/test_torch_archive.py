@@ -52,6 +52,11 @@ def test_what_was_written_is_accepted_and_holds_no_pickle_and_no_source(archive)
         assert json.loads(opened.read(name))["guards_code"] == []
 
 
+def test_files_do_not_tell_when_they_were_written(archive):
+    with zipfile.ZipFile(archive) as opened:
+        assert {item.date_time for item in opened.infolist()} == {(1980, 1, 1, 0, 0, 0)}
+
+
 def test_pickled_inputs_are_refused(archive, tmp_path):
     bad = changed(archive, tmp_path, "sample_inputs/model.pt", lambda data: b"\x80\x04pickle")
     with pytest.raises(ArtifactError, match=r"contains .*sample_inputs/model\.pt, which would have to be unpickled"):
