@@ -249,10 +249,16 @@ def _few_bits(facts: Facts, budget: Budget, target: str) -> Generator[Round, lis
         return []
     last = len(facts.stored) - 1
     fits = yield from fitting(facts.stored, last, STORED_TRIALS)
-    beyond = [(*steps, facts.distil()) for steps in facts.stored[fits + 1 :]]
+    beyond = [_distilled(steps, facts.distil()) for steps in facts.stored[fits + 1 :]]
     if beyond:
         yield from fitting(beyond, len(beyond) // 2, TAUGHT_TRIALS)
     return tried
+
+
+def _distilled(steps: Numbers, distil: Pass) -> Numbers:
+    """With a distillation where it repairs most: of factors before they are rounded, else of what was rounded."""
+    factors = sum(step.name() == "factorize_svd" for step in steps)  # which come first
+    return (*steps[:factors], distil, *steps[factors:]) if factors else (*steps, distil)
 
 
 def rungs_of(facts: Facts) -> Iterator[Numbers]:

@@ -233,6 +233,26 @@ def test_for_bytes_the_smallest_ways_to_store_that_the_budget_bears_are_found_by
     assert found == [STORED[min(last + 2, 5)][0]]
 
 
+def test_factors_are_distilled_before_they_are_rounded_and_what_has_none_after():
+    thin, rounded = build("factorize_svd", {"where": "a"}, "here"), build("quantize_weights", {"bits": 4}, "here")
+
+    def world(recipe: Recipe) -> Trial:
+        stored, taught = rounded in recipe.steps, any(step.name() == "distill_soft" for step in recipe.steps)
+        drop = 0.02 if stored and not taught else 0.0
+        return Trial(recipe, measurement(recipe, drop=drop, drop_upper=drop))
+
+    for stored, found in (
+        ((rounded,), ["quantize_weights", "distill_soft"]),
+        (
+            (thin, rounded),
+            ["factorize_svd", "distill_soft", "quantize_weights"],
+        ),
+    ):
+        facts = dataclasses.replace(FACTS, stored=(stored,))
+        trials = played(facts, Budget(0.01, objective="bytes"), world)
+        assert ["fold_batchnorm", *found] in [[step.name() for step in t.recipe.steps] for t in trials]
+
+
 def test_two_shares_a_round_between_what_fitted_and_what_did_not():
     assert shares(played(FACTS, Budget(0.01), World(breaks_at=0.0)))[:4] == [0.2667, 0.5333, 0.0889, 0.1778]
     assert shares(played(FACTS, Budget(0.01), World(breaks_at=1.0))) == [0.2667, 0.5333, 0.6222, 0.7111]
