@@ -25,6 +25,7 @@ from torch import Tensor
 LENGTH = 64  # tokens; 0.05 % of the snippets are longer and lose their end (with 48 it would be 3.6 %)
 POOL = 16  # batches among which snippets are sorted by length
 UNCLEAR = 1.0  # mean ratings nearer to zero than this have no sign that readers agree on; 14 % of the snippets
+CUT, JOINED = 0.25, 0.25  # shares of the snippets that are varied
 PARTS = {"test": slice(2048), "search": slice(2048, 2048 + 1920), "train": slice(2048 + 1920, None)}
 
 Inputs = tuple[Tensor, Tensor]  # ids and mask, both (n, LENGTH) int64
@@ -94,6 +95,67 @@ class ByLength:
         lengths = self.snippets.mask.sum(1)
         pools = order.split(POOL * self.size)
         return [chosen for pool in pools for chosen in pool[lengths[pool].argsort()].split(self.size)]
+
+
+@dataclass(frozen=True, eq=False)
+class Varied:
+    """Batches to distil on: half of the snippets as they are, the others cut or joined, anew at each iteration.
+
+    What the original says of the very sentences that it was trained on, it has learnt by heart, and a smaller network
+    learns nothing from that but their labels. It has not seen a part of a sentence, nor the beginning of one followed
+    by the end of another, which is of the same label here. All chance comes from one number of torch's global
+    generator, so `torch.manual_seed` makes a training repeatable, and the object itself never changes.
+    """
+
+    snippets: Snippets
+    size: int = 32  # of a batch
+
+    def __len__(self) -> int:
+        return -(-len(self.snippets) // self.size)
+
+    def __iter__(self) -> Iterator[Labelled]:
+        return iter(ByLength(self.once(torch.Generator().manual_seed(int(torch.randint(2**31, ())))), self.size))
+
+    def once(self, rng: torch.Generator) -> Snippets:
+        """As many snippets with the same labels, some of them cut or joined."""
+        lengths, labels = self.snippets.mask.sum(1).tolist(), self.snippets.labels
+        # between the tokens that say where a snippet begins and ends
+        words = [row[1 : length - 1] for row, length in zip(self.snippets.ids.tolist(), lengths, strict=True)]
+        other = _alike(labels, rng)
+        kind, first, second = torch.rand(3, len(words), generator=rng).tolist()
+        ids, mask = torch.zeros_like(self.snippets.ids), torch.zeros_like(self.snippets.mask)
+        for index, whole in enumerate(words):
+            said = whole
+            if kind[index] < CUT:
+                said = _part(whole, first[index], second[index])
+            elif kind[index] < CUT + JOINED:
+                said = _joined(whole, words[other[index]], first[index])
+            said = said[: ids.shape[1] - 2]
+            start, end = self.snippets.ids[index, 0], self.snippets.ids[index, lengths[index] - 1]
+            ids[index, : len(said) + 2] = torch.tensor([start, *said, end])
+            mask[index, : len(said) + 2] = 1
+        return Snippets(ids, mask, labels)
+
+
+def _alike(labels: Tensor, rng: torch.Generator) -> list[int]:
+    """For each snippet another of its label, or itself."""
+    found = torch.empty_like(labels)
+    for label in labels.unique():
+        same = (labels == label).nonzero().flatten()
+        found[same] = same[torch.randperm(len(same), generator=rng)]
+    return found.tolist()
+
+
+def _part(words: list[int], share: float, place: float) -> list[int]:
+    """Four to nine tenths of a snippet, from any place."""
+    kept = max(1, round(len(words) * (0.4 + 0.5 * share)))
+    begin = int((len(words) - kept + 1) * place)
+    return words[begin : begin + kept]
+
+
+def _joined(words: list[int], others: list[int], share: float) -> list[int]:
+    """The beginning of one snippet, and from where it stops, the end of another."""
+    return words[: max(1, int(len(words) * share))] + others[int(len(others) * share) :]
 
 
 def snippets(part: Literal["train", "search", "test"], tokenizer: Path) -> Snippets:

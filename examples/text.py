@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 
 from minilm import tokenizer, trained
-from movie_snippets import Accuracy, ByLength, snippets
+from movie_snippets import Accuracy, Varied, snippets
 from train_text import train, weights
 
 from featherweight import Workload
@@ -28,6 +28,6 @@ def workload() -> Workload:
         calibration=list(train_part[: 8 * 32].inputs(32)),
         score=Accuracy(search),
         test_score=Accuracy(test),
-        train=ByLength(train_part),
+        train=Varied(train_part),
         probe=list(test[:200].batches(100)),
     )
