@@ -32,18 +32,22 @@ from featherweight.surgery import dense_of, encoding_of, groups_by_weight, is_co
 from featherweight.trials import read_json
 from featherweight.workload import Workload
 
-Way = tuple[tuple[str, dict[str, Any]], ...]  # passes and their settings, one after the other
 
-FACTORIZE = "factorize_svd"
-_FOUR: tuple[str, dict[str, Any]] = ("quantize_weights", {"bits": 4, "block": 32})
+def _step(name: str, **settings: Any) -> Pass:
+    return passes.build(name, settings, "the search")
+
+
+Way = tuple[Pass, ...]  # one after the other
+
+FOUR = _step("quantize_weights", bits=4, block=32)
 WAYS: dict[str, Way] = {  # other numbers of bits take no fewer bytes than the next of these
-    "8 bits": (("quantize_weights", {"bits": 8}),),
-    "4 bits in blocks of 32": (_FOUR,),
-    "4 bits in blocks of 32, errors fed on": (("quantize_gptq", {"bits": 4, "block": 32}),),
-    "4 bits, errors fed on": (("quantize_gptq", {"bits": 4}),),
-    "16 shared values": (("cluster_kmeans", {"bits": 4}),),
-    "half of the weights, 4 bits": ((FACTORIZE, {"share": 0.5}), _FOUR),
-    "a quarter of the weights, 4 bits": ((FACTORIZE, {"share": 0.25}), _FOUR),
+    "8 bits": (_step("quantize_weights", bits=8),),
+    "4 bits in blocks of 32": (FOUR,),
+    "4 bits in blocks of 32, errors fed on": (_step("quantize_gptq", bits=4, block=32),),
+    "4 bits, errors fed on": (_step("quantize_gptq", bits=4),),
+    "16 shared values": (_step("cluster_kmeans", bits=4),),
+    "half of the weights, 4 bits": (_step("factorize_svd", share=0.5), FOUR),
+    "a quarter of the weights, 4 bits": (_step("factorize_svd", share=0.25), FOUR),
 }
 FEW, SMALL = 2, 0.005  # ways for layers of less than this share of all bytes, from which nothing is to be had
 FLOAT = "32 bits"
@@ -88,29 +92,26 @@ def steps_of(choices: Mapping[str, Option]) -> tuple[Pass, ...]:
     >>> [(step.name(), step.where, step.bits) for step in steps_of({"a": a, "b": b})]
     [('quantize_weights', 'a', 8)]
     """
-    where: dict[tuple[str, str], list[str]] = defaultdict(list)
+    where: dict[Pass, list[str]] = defaultdict(list)
     for names, option in choices.items():
         for step, patterns in _placed(WAYS.get(option.choice, ()), names):
             where[step].append(patterns)
-    # a layer is factorized before anything is stored otherwise, and all in one step
-    inner = sorted(where, key=lambda step: step[0] != FACTORIZE)
-    return tuple(_built(step, ", ".join(where[step])) for step in inner)
+    # what is factorized comes before all that stores, so that factors and whole layers are stored in one step
+    ordered = sorted(where, key=lambda step: not _factorizes(step))
+    return tuple(dataclasses.replace(step, where=", ".join(where[step])) for step in ordered)
 
 
-def _placed(way: Way, names: str) -> Iterator[tuple[tuple[str, str], str]]:
-    """The steps of `way`, in a form that can be compared, each with the names of what it is to treat.
-
-    A factorized layer is two, in a row, below its name.
-    """
-    for name, settings in way:
-        yield (name, json.dumps(settings, sort_keys=True)), names
-        if name == FACTORIZE:
+def _placed(way: Way, names: str) -> Iterator[tuple[Pass, str]]:
+    """The steps of `way`, each with the names of what it is to treat: of a factorized layer its two parts, in a row."""
+    for step in way:
+        yield step, names
+        if _factorizes(step):
+            # the name itself, too: it says what the step was for where an earlier one removed the layer
             names = ", ".join(f"{layer}, {layer}.0, {layer}.1" for layer in names.split(", "))
 
 
-def _built(step: tuple[str, str], where: str) -> Pass:
-    name, settings = step
-    return passes.build(name, {**json.loads(settings), "where": where}, "the search")
+def _factorizes(step: Pass) -> bool:
+    return step.name() == "factorize_svd"
 
 
 def _layers(model: nn.Module) -> dict[str, int]:
@@ -131,7 +132,7 @@ def _stored_otherwise(model: nn.Module, workload: Workload, names: str, way: Way
     with recording():
         try:
             for step, where in _placed(way, names):
-                changed = _built(step, where).apply(changed, workload).eval()
+                changed = dataclasses.replace(step, where=where).apply(changed, workload).eval()
         except LayerError:
             return changed, 0
     parts = list(changed.get_submodule(touched[0]).modules())

@@ -243,6 +243,8 @@ def _compute_what_no_input_reaches(graph_model: onnx_ir.Model) -> None:
     products: set[onnx_ir.Value] = set()
     for node in graph:
         given = [value for value in node.inputs if value is not None]
+        if any(attribute.type == onnx_ir.AttributeType.GRAPH for attribute in node.attributes.values()):
+            continue  # it may read more than its inputs
         if all(value in fixed for value in given) and (given or node.op_type == "Constant"):
             fixed.update(node.outputs)
             if node.op_type in PRODUCTS or not products.isdisjoint(given):
