@@ -13,12 +13,13 @@ import copy
 import dataclasses
 import json
 import sys
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from featherweight import passes
@@ -28,6 +29,7 @@ from featherweight.damage import damage, first_examples, floating_outputs
 from featherweight.errors import ArtifactError, LayerError
 from featherweight.passes import Pass
 from featherweight.passes._storing import KINDS
+from featherweight.replay import Kept, record, replay
 from featherweight.surgery import dense_of, encoding_of, groups_by_weight, is_computed, recording
 from featherweight.trials import read_json
 from featherweight.workload import Workload
@@ -70,17 +72,21 @@ def damage_table(model: nn.Module, workload: Workload, path: Path, key: Mapping[
         LayerError: the network returns nothing that can be compared.
     """
     batch = first_examples(workload.calibration, EXAMPLES)
-    quick = dataclasses.replace(workload, calibration=[batch])
-    wanted = floating_outputs(model, batch, "the search")
+    quick = dataclasses.replace(workload, calibration=[batch], example=batch)  # nothing else, for `replay`
     known = {(option.layer, option.choice): option for option in stored_table(path, key)}
     layers = _layers(model)
     small = SMALL * sum(layers.values())
     entries = [(name, way) for name, size in layers.items() for way in list(WAYS)[: FEW if size < small else None]]
-    for name, way in tqdm([e for e in entries if e not in known], "damage", disable=not sys.stderr.isatty()):
-        changed, size = _stored_otherwise(model, quick, name, WAYS[way])
-        done = damage(floating_outputs(changed, batch, "the search"), wanted)
-        known[name, way] = Option(name, way, done, float(size))
-        _write(path, key, known)
+    with tempfile.TemporaryDirectory(prefix="featherweight-") as folder:
+        wanted: list[Tensor] = []
+        names = [name for group in layers for name in group.split(", ")]
+        run = lambda: wanted.extend(floating_outputs(model, batch, "the search"))  # noqa: E731
+        kept = record(model, names, run, Path(folder))
+        for name, way in tqdm([e for e in entries if e not in known], "damage", disable=not sys.stderr.isatty()):
+            changed, size = _stored_otherwise(model, quick, name, WAYS[way], kept)
+            done = damage(floating_outputs(changed, batch, "the search"), wanted)
+            known[name, way] = Option(name, way, done, float(size))
+            _write(path, key, known)
     floats = [Option(name, FLOAT, 0.0, float(size)) for name, size in layers.items()]
     return [*floats, *(known[entry] for entry in entries if known[entry].cost > 0)]
 
@@ -121,14 +127,17 @@ def _layers(model: nn.Module) -> dict[str, int]:
     return {", ".join(group): dense_of(next(iter(group.values()))).nbytes for group in groups}
 
 
-def _stored_otherwise(model: nn.Module, workload: Workload, names: str, way: Way) -> tuple[nn.Module, int]:
+def _stored_otherwise(
+    model: nn.Module, workload: Workload, names: str, way: Way, kept: Mapping[str, Kept]
+) -> tuple[nn.Module, int]:
     """A copy in which the layers `names` are stored in this `way`, and the bytes that takes; 0 where they are left.
 
-    All other layers are copied without their tensors, which both networks then share.
+    All other layers are copied without their tensors, which both networks then share; those before return what is kept.
     """
     touched = names.split(", ")
-    kept = [t for name, module in model.named_modules() if name not in touched for t in _own(module)]
-    changed = copy.deepcopy(model, {id(tensor): tensor for tensor in kept})
+    shared = [t for name, module in model.named_modules() if name not in touched for t in _own(module)]
+    changed = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+    replay(changed, kept, touched)
     with recording():
         try:
             for step, where in _placed(way, names):

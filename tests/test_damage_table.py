@@ -54,6 +54,14 @@ def test_every_layer_has_every_way_and_bytes_are_those_of_the_encoding(workload,
         assert found == {o.layer: o.cost for o in chosen.values()}
 
 
+@pytest.mark.parametrize("kind", ["residual", "transformer"])
+def test_entries_are_those_of_networks_that_are_computed_whole(kind, tmp_path, monkeypatch):
+    made = networks()[kind]
+    table = table_of(made.model, made, tmp_path / "d.json", KEY)
+    monkeypatch.setattr(damage_table, "replay", lambda *_: None)
+    assert table == table_of(made.model, made, tmp_path / "whole.json", KEY)
+
+
 def test_layers_are_factorized_first_and_their_factors_stored_with_layers_in_the_same_bits():
     chosen = {"a": "half of the weights, 4 bits", "b": "4 bits in blocks of 32", "c": "16 shared values"}
     steps = steps_of({layer: Option(layer, way, 0.1, 1.0) for layer, way in chosen.items()})

@@ -42,6 +42,7 @@ LAYERS = (
         "onnx_pairs",
         "sparse",
         "processes",
+        "replay",
         "teacher",
         "training",
     },

@@ -1,0 +1,106 @@
+"""Outputs of layers, kept on disk, so that what comes before a layer that changes is not computed again.
+
+A network computes its layers in an order. What was returned before a layer began cannot depend on it; so in a copy of
+the network in which that layer alone is stored otherwise, layers that were done by then return what they returned. Only
+layers are kept, one file each, which the system maps into memory and may drop from it; what is between them is
+computed. How the networks differ, and what is made of their outputs, is the caller's affair.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Kept:
+    """When a layer was called and when it returned, in calls of layers; the shape that it read; where its output lies.
+
+    There is no `path` where the output is no tensor, or one of several.
+    """
+
+    began: int
+    ended: int
+    read: torch.Size
+    path: Path | None = None
+    shape: tuple[int, ...] = ()
+    dtype: torch.dtype = torch.float32
+
+    def output(self) -> Tensor:
+        """The output, mapped from its file: what is written to it is not written to the file."""
+        count = math.prod(self.shape)
+        return torch.from_file(str(self.path), shared=False, size=count, dtype=self.dtype).reshape(self.shape)
+
+
+def record(model: nn.Module, layers: Collection[str], run: Callable[[], Any], folder: Path) -> dict[str, Kept]:
+    """What each of `layers` returned while `run()` ran the model, in files of `folder`."""
+    clock = itertools.count()
+    began: dict[str, list[int]] = {name: [] for name in layers}
+    found: dict[str, Kept] = {}
+
+    def begin(name: str) -> Callable[..., None]:
+        return lambda *_: began[name].append(next(clock))
+
+    def end(name: str) -> Callable[..., None]:
+        def keep(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            now = next(clock)
+            found[name] = Kept(began[name][0], now, _read(inputs))
+            if isinstance(output, Tensor) and output.numel() and len(began[name]) == 1:
+                path = folder / str(now)
+                output.detach().contiguous().numpy().tofile(path)
+                found[name] = replace(found[name], path=path, shape=tuple(output.shape), dtype=output.dtype)
+
+        return keep
+
+    handles = []
+    for name in layers:
+        layer = model.get_submodule(name)
+        handles += [layer.register_forward_pre_hook(begin(name)), layer.register_forward_hook(end(name))]
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def replay(model: nn.Module, kept: Mapping[str, Kept], changing: Collection[str]) -> None:
+    """Layers of `model` that were done before any of `changing` began return what they returned.
+
+    For inputs of the shape that was recorded; others are computed.
+
+    Args:
+        model: a copy of the network that was recorded, which is to be run on the same inputs; changed in place.
+        kept: what `record` found.
+        changing: names of layers. Where one of them was never called, nothing is known of when it counts, and all
+            is computed.
+    """
+    if not all(name in kept for name in changing):
+        return
+    first = min(kept[name].began for name in changing)
+    for name, known in kept.items():
+        if known.ended < first and known.path is not None:
+            layer = model.get_submodule(name)
+            layer.forward = _returning(known, layer.forward)
+
+
+def _returning(known: Kept, compute: Callable[..., Any]) -> Callable[..., Any]:
+    """What is known where the input has the shape that was recorded; a copy, for an operator behind may write to it."""
+    output = known.output()
+
+    def forward(*inputs: Any, **named: Any) -> Any:
+        return output.clone() if _read(inputs) == known.read else compute(*inputs, **named)
+
+    return forward
+
+
+def _read(inputs: Sequence[Any]) -> torch.Size:
+    return inputs[0].shape if inputs and isinstance(inputs[0], Tensor) else torch.Size()
