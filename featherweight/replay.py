@@ -93,11 +93,10 @@ def replay(model: nn.Module, kept: Mapping[str, Kept], changing: Collection[str]
 
 
 def _returning(known: Kept, compute: Callable[..., Any]) -> Callable[..., Any]:
-    """What is known where the input has the shape that was recorded; a copy, for an operator behind may write to it."""
-    output = known.output()
+    """What is known where the input has the shape that was recorded; mapped anew, for an operator may write to it."""
 
     def forward(*inputs: Any, **named: Any) -> Any:
-        return output.clone() if _read(inputs) == known.read else compute(*inputs, **named)
+        return known.output() if _read(inputs) == known.read else compute(*inputs, **named)
 
     return forward
 
