@@ -51,6 +51,7 @@ STRENGTHS: dict[str, list[dict[str, Any]]] = {
     "prune_sparsegpt": [*SHARES, {"share": 0.5, "pattern": "2:4"}],
     "prune_heads": [{"share": 0.1}, {"share": 0.25}],
     "drop_layers": [{"share": 0.17}, {"share": 0.34}],
+    "truncate_inputs": [{"share": 0.25}, {"share": 0.5}],
     "factorize_svd": [{"share": 0.7}, {"share": 0.5}, {"share": 0.5, "whiten": False}],
     "factorize_tucker": [{"share": 0.7}, {"share": 0.5}],
     "quantize_static": [{"range": "mse"}, {"range": "minmax"}],

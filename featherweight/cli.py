@@ -395,7 +395,12 @@ def _inspect_artifact(folder: Path) -> None:
         shapes = [f"{spec.get('name', '')} {spec['dtype']} {['batch', *spec['shape'][1:]]}" for spec in manifest[what]]
         print(f"{what}: " + "; ".join(shape.strip().replace("'", "") for shape in shapes))
     print(f"\n{artifact.recipe}")
-    _print_rows([[row["layer"], row.get("done") or f"left: {row.get('skipped')}"] for row in manifest["coverage"]])
+    _print_rows(
+        [
+            [row["layer"] or "the network", row.get("done") or f"left: {row.get('skipped')}"]
+            for row in manifest["coverage"]
+        ]
+    )
 
 
 def _inspect_workload(spec: str) -> None:

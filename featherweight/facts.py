@@ -19,6 +19,7 @@ from featherweight import passes, targets
 from featherweight.errors import FeatherweightError, LayerError, WorkloadError
 from featherweight.measure import machine
 from featherweight.passes.drop_layers import removable
+from featherweight.passes.truncate_inputs import truncatable
 from featherweight.recipe import Recipe, compress_model
 from featherweight.strategy import Facts
 from featherweight.workload import Batch, Workload, call, count_batches, raw, tensors
@@ -38,6 +39,7 @@ def facts_of(workload: Workload, names: Sequence[str]) -> Facts:
         epochs=_epochs(workload),
         # with batch norms it is a convolutional network, where width is what the time goes into
         blocks=0 if kinds & set(NORMS) else len(removable(workload.start, workload)),
+        truncates=truncatable(workload.start, workload),
         multiples={name: targets.find(name).width_multiple for name in names},
         precision="bfloat16" if "amx_bf16" in (machine()["features"] or []) else "float32",  # slower without such units
     )

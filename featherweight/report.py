@@ -490,7 +490,7 @@ def _about_best(best: Measurement) -> Iterator[Block]:
             for precision, share in sorted(best.kernels.items(), key=lambda item: -item[1])
         )
         yield Text(f"Time by precision, as {best.target} itself reports it: {shares}.")
-    rows = [[row.get("layer", ""), row.get("done", "–"), row.get("skipped", "–")] for row in best.coverage]
+    rows = [[row.get("layer") or "the network", row.get("done", "–"), row.get("skipped", "–")] for row in best.coverage]
     if rows:
         yield Table(
             f"What was done to each layer ({len(rows)} entries)", ["layer", "done", "left, and why"], rows, folded=True

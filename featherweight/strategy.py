@@ -6,10 +6,11 @@ by layer: the smallest that the budget bears by a bisection along what the damag
 it, distilled. Where int8 loses too much, int8 with the widest ranges, int8 trained by distillation, int8 but for the
 layers that it harms most, twice as many each time, int8 with ranges found while running, and weights alone in 8 bits.
 Then shapes, along a route from the whole network to the smallest: fewer channels, or where alike blocks repeat, as in
-transformers, fewer blocks, or both, whichever loses least among three shapes that would cost the same. Shapes of the
-route are tried two at a time, closing in on the smallest that the budget bears. Each is distilled for a short time and
-turned to numbers as the second rung found best; of those that just failed, the most promising are distilled again from
-the start, for longer (successive halving with two rungs; Jamieson, Talwalkar 2016, arXiv:1502.07943).
+transformers, fewer blocks, or both, or where sequences are read, shorter ones, or those and fewer blocks, whichever
+loses least among shapes that would cost the same. Shapes of the route are tried two at a time, closing in on the
+smallest that the budget bears. Each is distilled for a short time, unless all its weights are there, and turned to
+numbers as the second rung found best; of those that just failed, the most promising are distilled again from the start,
+for longer (successive halving with two rungs; Jamieson, Talwalkar 2016, arXiv:1502.07943).
 
 What is proposed together is tried together, whatever comes of each, so that several workers can make it side by side.
 The loop that tries, and measures what it tried, is `search`'s affair; where the facts come from, that of `facts`.
@@ -20,7 +21,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from featherweight.trials import Budget, Trial
 
 LARGEST_SHARE = 0.8  # of channels that may be removed: the end of the route on which channels alone go
 DEEPEST = 2 / 3  # of blocks that may be removed: the end of the route on which blocks alone go
+SHORTEST = 3 / 4  # of each sequence that may be cut off: the end of the route on which sequences alone get shorter
 POINTS = 108  # of a route; so many that thirds of thirds, and halves of those, are among them
 COMPARED = 0.7  # of what the whole network costs: where routes are compared
 ROUNDS = 2  # of two shapes each: of channels alone the share is found to LARGEST_SHARE / 3**2
@@ -54,6 +56,7 @@ class Facts:
         linear: whether there are linear layers.
         epochs: how long a candidate is distilled.
         blocks: how many alike blocks there are that may be removed whole; 0 for none.
+        truncates: whether sequences are read that may be cut.
         multiples: by target, the number of which channel counts should be multiples.
         stored: steps that store weights in fewer bits layer by layer, from the least harmful to the smallest, as the
             damage table predicts; where bytes are what is made small.
@@ -67,6 +70,7 @@ class Facts:
     linear: bool
     epochs: float
     blocks: int = 0
+    truncates: bool = False
     multiples: Mapping[str, int] = field(default_factory=dict)
     stored: tuple[tuple[Pass, ...], ...] = ()
     precision: str = "float32"
@@ -94,7 +98,7 @@ class Facts:
 
     def kept(self, shape: Shape) -> float:
         """The share of the arithmetic that is left, about."""
-        return (1 - shape.share) * (1 - self.lost(shape))
+        return (1 - shape.share) * (1 - self.lost(shape)) * (1 - shape.cut)
 
     def pace(self, shape: Shape) -> float:
         """What a shape would cost over what the whole network costs; in proportion to what is left if nobody knows."""
@@ -102,24 +106,34 @@ class Facts:
         if not known:
             return self.kept(shape)
         shares, paces = zip(*known, strict=True)
-        return float(np.interp(shape.share, np.array(shares), np.array(paces)))
+        return float(np.interp(shape.share, np.array(shares), np.array(paces))) * (1 - shape.cut)
 
     def candidate(
         self, target: str, numbers: Numbers, shape: Shape, length: float, teaching: str = TEACHINGS[0]
     ) -> Recipe:
-        """Blocks and channels removed, what is left trained, and turned to numbers."""
-        steps = [_step("drop_layers", share=round(self.lost(shape), 4))] if shape.dropped else []
+        """Positions, blocks and channels removed, what is left trained, and turned to numbers."""
+        steps = [_step("truncate_inputs", share=shape.cut)] if shape.cut else []
+        if shape.dropped:
+            steps.append(_step("drop_layers", share=round(self.lost(shape), 4)))
         if shape.share:
             steps.append(_step("prune_channels", share=shape.share, multiple=self.multiples.get(target, 8)))
-        return Recipe(self.steps(*numbers, shape=[*steps, self.distil(length, shape, teaching)]), target)
+        if shape.thinner or length > SHORT:
+            steps.append(self.distil(length, shape, teaching))
+        return Recipe(self.steps(*numbers, shape=steps), target)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What is left of a network: the share of channels and the number of whole blocks that go."""
+    """What is left of a network: the share of channels, the number of blocks and the share of positions that go."""
 
     share: float
     dropped: int = 0
+    cut: float = 0.0
+
+    @property
+    def thinner(self) -> bool:
+        """Whether weights are gone, so that the others have to make up for them."""
+        return self.share > 0 or self.dropped > 0
 
 
 Numbers = tuple[Pass, ...]  # the last steps of a recipe, which turn weights into numbers of few bits
@@ -155,6 +169,8 @@ def _replayed(course: Generator[Round, list[Trial], Any], trials: Sequence[Trial
 
 def plan(facts: Facts, budget: Budget) -> Plan:
     """The whole search, as it would go: yields recipes, a round at a time, and is sent what became of them."""
+    if budget.objective == "bytes":
+        facts = replace(facts, truncates=False)  # which saves none
     if (found := (yield from _settling(facts, budget))) is not None:
         yield from _shapes(facts, budget, *found)
 
@@ -174,7 +190,8 @@ def _settling(facts: Facts, budget: Budget) -> Generator[Round, list[Trial], tup
 
 def expected(facts: Facts, done: int) -> int:
     """How many trials there will be, about."""
-    shapes = len(routes(facts)) + 2 * (ROUNDS - 1) if facts.blocks > 1 else 2 * ROUNDS
+    ways = len(routes(facts))
+    shapes = ways + 2 * (ROUNDS - 1) if ways > 1 else 2 * ROUNDS
     return max(done + 1, 2 * len(facts.targets) + shapes + len(TEACHINGS) - 1 + FINALISTS)
 
 
@@ -182,16 +199,23 @@ Route = Sequence[Shape]  # from little less than the whole network to little, ea
 
 
 def routes(facts: Facts) -> list[Route]:
-    """Channels alone; where there are alike blocks, blocks and channels, and blocks alone, too."""
+    """Channels alone; where there are alike blocks, blocks and channels, and blocks alone, too.
+
+    Where sequences may be cut, shorter ones alone, and those with fewer blocks.
+    """
     shares = [round(LARGEST_SHARE * point / POINTS, 4) for point in range(1, POINTS)]
     channels = [Shape(share) for share in shares]
-    deepest = round(DEEPEST * facts.blocks)
-    if facts.blocks < 2:
-        return [channels]
-    both = [
-        Shape(round(share / 2, 4), round(deepest / 2 * point / POINTS)) for point, share in enumerate(shares, start=1)
-    ]
-    return [channels, both, [Shape(0.0, count) for count in range(1, deepest + 1)]]
+    deepest = round(DEEPEST * facts.blocks) if facts.blocks > 1 else 0
+    half = [round(deepest / 2 * point / POINTS) for point in range(1, POINTS)]  # of the blocks, where others go, too
+    found: list[Route] = [channels]
+    if deepest:
+        found.append([Shape(round(share / 2, 4), count) for share, count in zip(shares, half, strict=True)])
+        found.append([Shape(0.0, count) for count in range(1, deepest + 1)])
+    if facts.truncates:
+        cuts = [round(SHORTEST * point / POINTS, 4) for point in range(1, POINTS)]
+        found.append([Shape(0.0, 0, cut) for cut in cuts])
+        found += [[Shape(0.0, n, round(cut / 2, 4)) for cut, n in zip(cuts, half, strict=True)]] if deepest else []
+    return found
 
 
 def points_to_try(length: int, tried: Sequence[tuple[int, bool]]) -> list[int]:
@@ -293,8 +317,9 @@ def _shapes(facts: Facts, budget: Budget, target: str, numbers: Numbers) -> Plan
         return  # what cannot be made smaller by any of them cannot at all
     route = min(ways, key=lambda way: min((_drop(tried[shape]) for shape in way if shape in tried), default=math.inf))
     raced = _first_to_fail([shape for shape in route if shape in tried], tried, budget)
-    others = yield [facts.candidate(target, numbers, raced, SHORT, kind) for kind in TEACHINGS[1:]]
-    teaching, tried[raced] = _best_teaching(tried[raced], others)
+    if raced.thinner:  # else it was not distilled yet
+        others = yield [facts.candidate(target, numbers, raced, SHORT, kind) for kind in TEACHINGS[1:]]
+        teaching, tried[raced] = _best_teaching(tried[raced], others)
     for _ in range(ROUNDS - 1):
         known = [(point, tried[s].drop_fits(budget)) for point, s in enumerate(route, start=1) if s in tried]
         tried |= yield from taught([route[point - 1] for point in points_to_try(len(route), known)], SHORT)
@@ -336,7 +361,8 @@ def shape_of(facts: Facts, recipe: Recipe) -> Shape | None:
     """The shape that a recipe's first steps leave; None where they leave all as it was."""
     settings = {step.name(): step.settings() for step in recipe.steps}
     lost = settings.get("drop_layers", {}).get("share", 0.0)
-    shape = Shape(settings.get("prune_channels", {}).get("share", 0.0), round(lost * facts.blocks))
+    cut = settings.get("truncate_inputs", {}).get("share", 0.0)
+    shape = Shape(settings.get("prune_channels", {}).get("share", 0.0), round(lost * facts.blocks), cut)
     return shape if shape != Shape(0.0) else None
 
 

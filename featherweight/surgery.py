@@ -1,4 +1,4 @@
-"""Finding and changing the layers of a network: beside `hooks` the only place that walks or hooks modules.
+"""Finding and changing the layers of a network: beside `hooks` and `replay` the only place that walks or hooks modules.
 
 What flows through them is the affair of `hooks`, which channels hang together that of `coupling`, and what to put
 into a layer a pass's.

@@ -107,7 +107,7 @@ def mlp() -> nn.Sequential:
 
 
 class Transformer(nn.Module):
-    """Tokens and mask, (n, 7) int64 both, to (n, 5): embeddings, attention with two heads, a feed-forward layer."""
+    """Tokens and mask, (n, t) int64 both, t <= 7, to (n, 5): embeddings, attention, a feed-forward layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,10 +117,10 @@ class Transformer(nn.Module):
         self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
         self.head = nn.Linear(32, 5)
 
-    def forward(self, ids: Int64[Tensor, "n 7"], mask: Int64[Tensor, "n 7"]) -> Float[Tensor, "n 5"]:
-        x = self.words(ids) + self.places.weight
+    def forward(self, ids: Int64[Tensor, "n t"], mask: Int64[Tensor, "n t"]) -> Float[Tensor, "n 5"]:
+        x = self.words(ids) + self.places.weight[: ids.shape[1]]
         y = self.norm1(x)
-        q, k, v = (layer(y).view(y.shape[0], 7, -1, 16).transpose(1, 2) for layer in (self.query, self.key, self.value))
+        q, k, v = (layer(y).unflatten(2, (-1, 16)).transpose(1, 2) for layer in (self.query, self.key, self.value))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.bool()[:, None, None, :])
         x = x + self.out(y.transpose(1, 2).flatten(2))
         x = x + self.down(F.gelu(self.up(self.norm2(x))))

@@ -295,6 +295,28 @@ def test_of_three_routes_to_the_same_cost_the_one_that_loses_least_is_followed()
     assert channels[3:5] == [Shape(0.4667), Shape(0.6296)]
 
 
+def test_sequences_get_shorter_where_that_loses_least_and_networks_with_all_their_weights_are_taught_last():
+    """The budget bears a cut of 0.4 untaught and of 0.6 taught."""
+
+    def bears(recipe: Recipe, shape: Shape) -> bool:
+        return not shape.thinner and shape.cut <= (0.6 if "distill" in in_words(recipe) else 0.4)
+
+    def world(recipe: Recipe) -> Trial:
+        return by_shape(lambda shape: bears(recipe, shape))(recipe)
+
+    facts = dataclasses.replace(BLOCKS, truncates=True)
+    trials = played(facts, Budget(0.01), world)
+    cuts = [
+        (shape.cut, "distill" in in_words(t.recipe)) for t in trials if (shape := strategy.shape_of(BLOCKS, t.recipe))
+    ]
+    assert cuts[3] == (0.2986, False) and [distilled for cut, distilled in cuts[5:7]] == [False, False]
+    assert all(cut > 0.2986 for cut, _ in cuts[5:7]) and all(distilled for _, distilled in cuts[7:])
+    best = best_of(trials, Budget(0.01))
+    assert best and "distill" in in_words(best.recipe) and 0.4 < strategy.shape_of(BLOCKS, best.recipe).cut <= 0.6
+    stored = played(facts, Budget(0.01, objective="bytes"), world)
+    assert not [t for t in stored if "truncate_inputs" in in_words(t.recipe)]
+
+
 def test_what_costs_the_same_is_what_was_predicted_to():
     paces = {Shape(share, dropped): (1 - share / 4) * (1 - dropped / 6) for share in (0.0, 0.8) for dropped in range(5)}
     facts = dataclasses.replace(BLOCKS, paces=paces)
@@ -305,8 +327,15 @@ def test_what_costs_the_same_is_what_was_predicted_to():
 
 
 def test_routes_become_smaller_from_shape_to_shape_and_end_where_little_is_left():
-    for blocks, count in ((0, 1), (1, 1), (2, 3), (24, 3)):
-        facts = dataclasses.replace(BLOCKS, blocks=blocks)
+    for blocks, truncates, count in (
+        (0, False, 1),
+        (1, False, 1),
+        (2, False, 3),
+        (24, False, 3),
+        (0, True, 2),
+        (6, True, 5),
+    ):
+        facts = dataclasses.replace(BLOCKS, blocks=blocks, truncates=truncates)
         found = strategy.routes(facts)
         assert len(found) == count
         for route in found:
