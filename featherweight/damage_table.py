@@ -72,7 +72,8 @@ def damage_table(model: nn.Module, workload: Workload, path: Path, key: Mapping[
         LayerError: the network returns nothing that can be compared.
     """
     batch = first_examples(workload.calibration, EXAMPLES)
-    quick = dataclasses.replace(workload, calibration=[batch], example=batch)  # nothing else, for `replay`
+    # of another size, or the same: what `replay` knows are the outputs for the batch
+    quick = dataclasses.replace(workload, calibration=[batch], example=first_examples([batch], 2))
     known = {(option.layer, option.choice): option for option in stored_table(path, key)}
     layers = _layers(model)
     small = SMALL * sum(layers.values())
