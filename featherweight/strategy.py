@@ -35,7 +35,9 @@ LARGEST_SHARE = 0.8  # of channels that may be removed: the end of the route on 
 DEEPEST = 2 / 3  # of blocks that may be removed: the end of the route on which blocks alone go
 SHORTEST = 3 / 4  # of each sequence that may be cut off: the end of the route on which sequences alone get shorter
 POINTS = 108  # of a route; so many that thirds of thirds, and halves of those, are among them
-COMPARED = 0.7  # of what the whole network costs: where routes are compared
+COMPARED = (
+    0.7  # of what the whole network costs: where routes are compared, and those that fit there again at its square
+)
 ROUNDS = 2  # of two shapes each: of channels alone the share is found to LARGEST_SHARE / 3**2
 STORED_TRIALS = 5  # at most, of the bisection over ways to store weights, as they are
 TAUGHT_TRIALS = 3  # at most, of the one over those beyond, distilled
@@ -312,10 +314,17 @@ def _shapes(facts: Facts, budget: Budget, target: str, numbers: Numbers) -> Plan
         return dict(zip(shapes, trials, strict=True))
 
     ways = routes(facts)
-    tried |= yield from taught(_to_begin_with(facts, ways), SHORT)
+    tried |= yield from taught(_to_begin_with(facts, ways, COMPARED), SHORT)
     if all(trial.measurement is None for trial in tried.values()):
         return  # what cannot be made smaller by any of them cannot at all
-    route = min(ways, key=lambda way: min((_drop(tried[shape]) for shape in way if shape in tried), default=math.inf))
+    fitting = [way for way in ways if any(shape in tried and tried[shape].drop_fits(budget) for shape in way)]
+    compared = tried
+    if len(fitting) > 1:  # which of them leads further, shapes from which more is gone tell better
+        compared = yield from taught(_to_begin_with(facts, fitting, COMPARED**2), SHORT)
+        tried = {**tried, **compared}
+    route = min(
+        fitting or ways, key=lambda way: min((_drop(compared[s]) for s in way if s in compared), default=math.inf)
+    )
     raced = _first_to_fail([shape for shape in route if shape in tried], tried, budget)
     if raced.thinner:  # else it was not distilled yet
         others = yield [facts.candidate(target, numbers, raced, SHORT, kind) for kind in TEACHINGS[1:]]
@@ -328,11 +337,11 @@ def _shapes(facts: Facts, budget: Budget, target: str, numbers: Numbers) -> Plan
         finals |= yield from taught(finalists, LONG)
 
 
-def _to_begin_with(facts: Facts, ways: Sequence[Route]) -> list[Shape]:
-    """Two shapes of the only route; of several, one of each that would cost COMPARED of the whole network, about."""
+def _to_begin_with(facts: Facts, ways: Sequence[Route], pace: float) -> list[Shape]:
+    """Two shapes of the only route; of several, one of each that would cost `pace` of the whole network, about."""
     if len(ways) == 1:
         return [ways[0][point - 1] for point in points_to_try(len(ways[0]), [])]
-    return list(dict.fromkeys(min(way, key=lambda shape: abs(facts.pace(shape) - COMPARED)) for way in ways))
+    return list(dict.fromkeys(min(way, key=lambda shape: abs(facts.pace(shape) - pace)) for way in ways))
 
 
 def _first_to_fail(shapes: Sequence[Shape], tried: Mapping[Shape, Trial], budget: Budget) -> Shape:

@@ -317,6 +317,27 @@ def test_sequences_get_shorter_where_that_loses_least_and_networks_with_all_thei
     assert not [t for t in stored if "truncate_inputs" in in_words(t.recipe)]
 
 
+def test_routes_that_fit_are_compared_again_where_half_is_gone():
+    """All lose nothing at first; where more is gone, channels lose most and positions least."""
+
+    def world(recipe: Recipe) -> Trial:
+        shape = strategy.shape_of(BLOCKS, recipe) or Shape(0.0)
+        trial = World(static_drop=0.0, breaks_at=1.0)(recipe)
+        left = BLOCKS.kept(shape)
+        worse = 0.0 if left > 0.6 else (0.02 * shape.share + 0.005 * shape.dropped + 0.008 * shape.cut) * (1 - left)
+        return Trial(recipe, dataclasses.replace(trial.measurement, drop=worse, drop_upper=worse))
+
+    found = [
+        strategy.shape_of(BLOCKS, t.recipe)
+        for t in played(dataclasses.replace(BLOCKS, truncates=True), Budget(0.01), world)
+    ]
+    tried = [shape for shape in found if shape]
+    first, second = tried[:5], tried[5:10]
+    assert all(BLOCKS.kept(shape) > 0.6 for shape in first) and all(0.4 < BLOCKS.kept(shape) < 0.6 for shape in second)
+    raced = [shape for shape in tried[10:] if not shape.thinner]
+    assert raced and all(shape.cut > second[3].cut for shape in raced)
+
+
 def test_what_costs_the_same_is_what_was_predicted_to():
     paces = {Shape(share, dropped): (1 - share / 4) * (1 - dropped / 6) for share in (0.0, 0.8) for dropped in range(5)}
     facts = dataclasses.replace(BLOCKS, paces=paces)
