@@ -65,6 +65,7 @@ KEYS = {
 }  # of a manifest, beside format
 DTYPES = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool")
 VECTOR_BATCH = 2
+CHECKED = 8  # examples on which a file is compared with the network
 VECTOR_OUTPUTS = 4096  # values kept of each output
 WRONG = 0.5  # relative error of outputs that no rounding explains: the export is refused
 TOLERANCE = 0.01  # of an output's largest magnitude: what processors may differ by; whole numbers may not differ
@@ -428,19 +429,24 @@ def _write_vectors(folder: Path, manifest: dict[str, Any], workload: Workload, m
     import torch
     from safetensors.numpy import save_file
 
-    from featherweight.workload import call, like, outputs, tensors
+    from featherweight.damage import first_examples
+    from featherweight.workload import call, outputs, tensors
 
-    rows = [value[:VECTOR_BATCH].contiguous() for value in tensors(workload.example)]
-    inputs = [value.numpy() for value in rows]
-    found = _run(manifest["target"], folder, inputs)
-    with torch.no_grad():
-        wanted = [value.numpy() for value in outputs(call(model, like(workload.example, rows)))]
+    def both(batch: Any) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
+        inputs = [value.contiguous().numpy() for value in tensors(batch)]
+        with torch.no_grad():
+            wanted = [value.numpy() for value in outputs(call(model, batch))]
+        return inputs, _run(manifest["target"], folder, inputs), wanted
+
+    inputs, found, wanted = both(first_examples([workload.example], VECTOR_BATCH))
     if [(value.shape, value.dtype) for value in found] != [(value.shape, value.dtype) for value in wanted]:
         raise ExportError(
             f"{manifest['target']} returns {[(v.shape, str(v.dtype)) for v in found]}, where the network returns "
             f"{[(v.shape, str(v.dtype)) for v in wanted]}. That is our fault: report it, and choose another target."
         )
-    error = max(map(_relative_error, found, wanted))
+    # of several examples, for the outputs for one may be next to nothing, and any error large beside them
+    _, *several = both(first_examples(workload.calibration[:CHECKED], CHECKED))
+    error = max(map(_relative_error, *several))
     if not error <= WRONG:
         raise ExportError(
             f"What {manifest['target']} computes is not what the compressed network computes: the norm of the "

@@ -634,3 +634,20 @@ def test_a_step_that_fails_leaves_nothing(workload: Workload, tmp_path: Path) ->
     with pytest.raises(LayerError, match="Step 1"):
         build(Recipe((PruneMagnitude(where="nothing"),), "standin"), workload, tmp_path / "best")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_outputs_next_to_nothing_for_the_example_are_no_reason_to_refuse_a_file(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    x = torch.randn(16, 16)
+    model = nn.Linear(16, 4).eval()
+    with torch.no_grad():
+        model.bias.copy_(-0.999 * (x[0] @ model.weight.T))
+    workload = Workload(model, (x[:1],), [(x,)], lambda predict: 0.0)
+    real = artifacts._run
+    monkeypatch.setattr(
+        artifacts, "_run", lambda *given: [value + 0.02 for value in real(*given)]
+    )  # as rounding is off
+    assert build(Recipe((), "torch"), workload, tmp_path / "a").manifest["export_error"] < 0.1
+    monkeypatch.setattr(artifacts, "_run", lambda *given: [value * 2 for value in real(*given)])
+    with pytest.raises(ExportError, match="is not what the compressed network computes"):
+        build(Recipe((), "torch"), workload, tmp_path / "b")
