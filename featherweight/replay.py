@@ -87,7 +87,7 @@ def replay(model: nn.Module, kept: Mapping[str, Kept], changing: Collection[str]
         return
     first = min(kept[name].began for name in changing)
     for name, known in kept.items():
-        if known.ended < first and known.path is not None:
+        if known.ended < first and known.path is not None and known.read:  # inputs given by name have no known shape
             layer = model.get_submodule(name)
             layer.forward = _returning(known, layer.forward)
 
