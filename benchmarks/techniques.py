@@ -51,6 +51,7 @@ STRENGTHS: dict[str, list[dict[str, Any]]] = {
     "prune_sparsegpt": [*SHARES, {"share": 0.5, "pattern": "2:4"}],
     "prune_heads": [{"share": 0.1}, {"share": 0.25}],
     "drop_layers": [{"share": 0.17}, {"share": 0.34}],
+    "merge_positions": [{"share": 0.5}, {"share": 1.0}, {"share": 0.5, "size": 4}],
     "truncate_inputs": [{"share": 0.25}, {"share": 0.5}],
     "factorize_svd": [{"share": 0.7}, {"share": 0.5}, {"share": 0.5, "whiten": False}],
     "factorize_tucker": [{"share": 0.7}, {"share": 0.5}],
@@ -236,6 +237,24 @@ def _line(row: Row, columns: Sequence[str]) -> str:
         f"| {row.steps} | {row.score:.4f} | {row.drop_upper:+.4f} | {min(row.bytes.values()) / 1e6:.2f} "
         f"| {row.packed / 1e6:.2f} | {paces} | {row.seconds:.1f} |"
     )
+
+
+def written(path: Path) -> list[Row]:
+    """Rows of the table that `markdown` wrote, for others to read; `bytes` of each target timed are the smallest's."""
+    found, workload, columns = [], "", list[str]()
+    for line in path.read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("## "):
+            workload = line.removeprefix("## ")
+        elif line.startswith("| steps |"):
+            columns = [cell.removeprefix("× ") for cell in cells if cell.startswith("× ")]
+        elif len(cells) == 6 + len(columns) and cells[1][:1].isdigit():
+            steps, score, upper, size, apart, *paces, seconds = cells
+            ratios = {name: float(pace) for name, pace in zip(columns, paces, strict=True) if pace != "–"}
+            sizes = dict.fromkeys(ratios, round(1e6 * float(size)))
+            row = Row(workload, steps, float(score), drop_upper=float(upper), bytes=sizes, ratios=ratios)
+            found.append(replace(row, packed=round(1e6 * float(apart)), seconds=float(seconds)))
+    return found
 
 
 def main() -> None:

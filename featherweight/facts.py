@@ -19,6 +19,7 @@ from featherweight import passes, targets
 from featherweight.errors import FeatherweightError, LayerError, WorkloadError
 from featherweight.measure import machine
 from featherweight.passes.drop_layers import removable
+from featherweight.passes.merge_positions import mergeable
 from featherweight.passes.truncate_inputs import truncatable
 from featherweight.recipe import Recipe, compress_model
 from featherweight.strategy import Facts
@@ -40,9 +41,18 @@ def facts_of(workload: Workload, names: Sequence[str]) -> Facts:
         # with batch norms it is a convolutional network, where width is what the time goes into
         blocks=0 if kinds & set(NORMS) else len(removable(workload.start, workload)),
         truncates=truncatable(workload.start, workload),
+        merges=len(mergeable(workload.start, workload)),
         multiples={name: targets.find(name).width_multiple for name in names},
-        precision="bfloat16" if "amx_bf16" in (machine()["features"] or []) else "float32",  # slower without such units
+        precision=_precision(kinds),
     )
+
+
+def _precision(kinds: set[type[nn.Module]]) -> str:
+    """In which distillation is faster here: convolutions lose by bfloat16 where there are no tiles for it (AMX)."""
+    units = set(machine()["features"] or [])
+    convolutional = bool(kinds & set(NORMS))
+    faster = "amx_bf16" in units or ("avx512_bf16" in units and not convolutional)
+    return "bfloat16" if faster else "float32"
 
 
 def _something_folds(workload: Workload, target: str) -> bool:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from featherweight.workload import Batch, call, outputs
 
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of a call: those by place and those by name
+
 
 @contextlib.contextmanager
 def watching(layers: Mapping[str, nn.Module], observe: Callable[[str, Tensor], None]) -> Iterator[None]:
@@ -80,6 +82,26 @@ def returning_outputs(model: nn.Module, batch: Batch) -> set[str]:
     with returns(model) as returned:
         found = outputs(call(model, batch))
     return {name for name, value in returned if any(value is y for y in found)}
+
+
+@contextlib.contextmanager
+def watch_calls(model: nn.Module, names: Collection[str]) -> Iterator[dict[str, Arguments]]:
+    """Inside the block, the arguments with which each of the named layers was last called."""
+    seen: dict[str, Arguments] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def look(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+            seen[name] = (args, named)
+
+        return look
+
+    layers = [(name, model.get_submodule(name)) for name in names]
+    handles = [layer.register_forward_pre_hook(keep(name), with_kwargs=True) for name, layer in layers]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def returned_inside(model: nn.Module, batch: Batch) -> dict[str, Tensor]:

@@ -834,8 +834,8 @@ def _limit(x: Scale, limit: float | None) -> Iterator[Markup]:
 
 def _frontier(findings: Findings, x: Scale, y: Scale) -> Markup:
     budget = findings.budget or Budget(0.0)
-    unit = 1e6 if findings.objective == "bytes" else 1.0
-    places = [(x(m.drop), y(budget.cost(m) / unit)) for m in frontier(findings.measured, budget)]
+    by_bytes = findings.objective == "bytes"
+    places = [(x(m.drop), y(m.bytes / 1e6 if by_bytes else m.latency_ms)) for m in frontier(findings.measured, budget)]
     steps = [f"M{places[0][0]} {places[0][1]}"] + [f"L{px} {py}" for px, py in places[1:]]
     return element("path", d="".join(steps), class_="frontier")
 

@@ -3,14 +3,17 @@
 Three rungs, cheapest first. The network as it is on every target, and whole in int8 on those that are not far slower
 than another: the best target is kept. Where bytes count, weights in 4 to 8 bits, as shared values or in factors, layer
 by layer: the smallest that the budget bears by a bisection along what the damage table predicts, and by another beyond
-it, distilled. Where int8 loses too much, int8 with the widest ranges, int8 trained by distillation, int8 but for the
-layers that it harms most, twice as many each time, int8 with ranges found while running, and weights alone in 8 bits.
-Then shapes, along a route from the whole network to the smallest: fewer channels, or where alike blocks repeat, as in
-transformers, fewer blocks, or both, or where sequences are read, shorter ones, or those and fewer blocks, whichever
-loses least among shapes that would cost the same. Shapes of the route are tried two at a time, closing in on the
-smallest that the budget bears. Each is distilled for a short time, unless all its weights are there, and turned to
-numbers as the second rung found best; of those that just failed, the most promising are distilled again from the start,
-for longer (successive halving with two rungs; Jamieson, Talwalkar 2016, arXiv:1502.07943).
+it, distilled; what just failed that one is distilled for longer. Where int8 loses too much, int8 with the widest
+ranges, int8 trained by distillation, int8 but for the layers that it harms most, twice as many each time, int8 with
+ranges found while running, and weights alone in 8 bits.
+
+Then shapes, along routes from the whole network to the smallest. First, where sequences are read, fewer positions:
+shorter sequences, or blocks computed for groups of positions, or both. With the fewest that the budget bears, then,
+fewer weights: fewer channels, or where alike blocks repeat, as in transformers, fewer blocks, or both. Of several
+routes that is followed which loses least among shapes that would cost the same. Shapes of the route are tried two at a
+time, closing in on the smallest that the budget bears. Each is distilled for a short time, unless all its weights are
+there, and turned to numbers as the second rung found best; of those that just failed, the most promising are distilled
+again from the start, for longer (successive halving with two rungs; Jamieson, Talwalkar 2016, arXiv:1502.07943).
 
 What is proposed together is tried together, whatever comes of each, so that several workers can make it side by side.
 The loop that tries, and measures what it tried, is `search`'s affair; where the facts come from, that of `facts`.
@@ -41,7 +44,9 @@ COMPARED = (
 ROUNDS = 2  # of two shapes each: of channels alone the share is found to LARGEST_SHARE / 3**2
 STORED_TRIALS = 5  # at most, of the bisection over ways to store weights, as they are
 TAUGHT_TRIALS = 3  # at most, of the one over those beyond, distilled
+LONGER_TRIALS = 2  # at most, of those that failed it, distilled for longer
 FINALISTS = 3  # at most, the shapes that are distilled for long, two of them at first
+WHOLE_FINALISTS = 2  # at most, those of them that have all their weights
 SHORT, LONG = 0.5, 2.0  # how long shapes and finalists are distilled, over `Facts.epochs`
 TEACHINGS = ("distill_soft", "distill_hard", "distill_features")  # of which one is chosen by what it recovers
 HOPELESS = 2.0  # times the cost of the best target, uncompressed: int8 is not tried there
@@ -59,6 +64,7 @@ class Facts:
         epochs: how long a candidate is distilled.
         blocks: how many alike blocks there are that may be removed whole; 0 for none.
         truncates: whether sequences are read that may be cut.
+        merges: how many blocks may be computed for groups of positions; 0 for none.
         multiples: by target, the number of which channel counts should be multiples.
         stored: steps that store weights in fewer bits layer by layer, from the least harmful to the smallest, as the
             damage table predicts; where bytes are what is made small.
@@ -73,6 +79,7 @@ class Facts:
     epochs: float
     blocks: int = 0
     truncates: bool = False
+    merges: int = 0
     multiples: Mapping[str, int] = field(default_factory=dict)
     stored: tuple[tuple[Pass, ...], ...] = ()
     precision: str = "float32"
@@ -100,7 +107,15 @@ class Facts:
 
     def kept(self, shape: Shape) -> float:
         """The share of the arithmetic that is left, about."""
-        return (1 - shape.share) * (1 - self.lost(shape)) * (1 - shape.cut)
+        return (1 - shape.share) * (1 - self.lost(shape)) * (1 - shape.cut) * self.shared(shape)
+
+    def shared(self, shape: Shape) -> float:
+        """The share of the arithmetic that is left where some blocks are computed for groups of positions."""
+        if not shape.merged:
+            return 1.0
+        fours = max(0, shape.merged - self.merges)
+        pairs = min(shape.merged, self.merges) - fours
+        return 1 - (pairs / 2 + fours * 3 / 4) / max(self.blocks, self.merges)
 
     def pace(self, shape: Shape) -> float:
         """What a shape would cost over what the whole network costs; in proportion to what is left if nobody knows."""
@@ -108,7 +123,8 @@ class Facts:
         if not known:
             return self.kept(shape)
         shares, paces = zip(*known, strict=True)
-        return float(np.interp(shape.share, np.array(shares), np.array(paces))) * (1 - shape.cut)
+        whole = float(np.interp(shape.share, np.array(shares), np.array(paces)))
+        return whole * (1 - shape.cut) * self.shared(shape)
 
     def candidate(
         self, target: str, numbers: Numbers, shape: Shape, length: float, teaching: str = TEACHINGS[0]
@@ -119,6 +135,10 @@ class Facts:
             steps.append(_step("drop_layers", share=round(self.lost(shape), 4)))
         if shape.share:
             steps.append(_step("prune_channels", share=shape.share, multiple=self.multiples.get(target, 8)))
+        if (fours := shape.merged - self.merges) > 0:
+            steps.append(_step("merge_positions", share=round(fours / self.merges, 4), size=4))
+        if shape.merged and fours < self.merges:
+            steps.append(_step("merge_positions", share=1.0 if fours > 0 else round(shape.merged / self.merges, 4)))
         if shape.thinner or length > SHORT:
             steps.append(self.distil(length, shape, teaching))
         return Recipe(self.steps(*numbers, shape=steps), target)
@@ -126,11 +146,15 @@ class Facts:
 
 @dataclass(frozen=True)
 class Shape:
-    """What is left of a network: the share of channels, the number of blocks and the share of positions that go."""
+    """What is left of a network: the share of channels, the number of blocks and the share of positions that go.
+
+    `merged` blocks are computed for pairs of positions; beyond as many as can be so, as many as are more for fours.
+    """
 
     share: float
     dropped: int = 0
     cut: float = 0.0
+    merged: int = 0
 
     @property
     def thinner(self) -> bool:
@@ -172,7 +196,7 @@ def _replayed(course: Generator[Round, list[Trial], Any], trials: Sequence[Trial
 def plan(facts: Facts, budget: Budget) -> Plan:
     """The whole search, as it would go: yields recipes, a round at a time, and is sent what became of them."""
     if budget.objective == "bytes":
-        facts = replace(facts, truncates=False)  # which saves none
+        facts = replace(facts, truncates=False, merges=0)  # which save none
     if (found := (yield from _settling(facts, budget))) is not None:
         yield from _shapes(facts, budget, *found)
 
@@ -192,32 +216,51 @@ def _settling(facts: Facts, budget: Budget) -> Generator[Round, list[Trial], tup
 
 def expected(facts: Facts, done: int) -> int:
     """How many trials there will be, about."""
-    ways = len(routes(facts))
-    shapes = ways + 2 * (ROUNDS - 1) if ways > 1 else 2 * ROUNDS
+    shapes = sum(
+        ways + 2 * (ROUNDS - 1) if ways > 1 else 2 * ROUNDS
+        for ways in (len(routes_of_positions(facts)), len(routes(facts)))
+        if ways
+    )
     return max(done + 1, 2 * len(facts.targets) + shapes + len(TEACHINGS) - 1 + FINALISTS)
 
 
 Route = Sequence[Shape]  # from little less than the whole network to little, each smaller than the one before
 
 
-def routes(facts: Facts) -> list[Route]:
+def routes(facts: Facts, base: Shape | None = None) -> list[Route]:
     """Channels alone; where there are alike blocks, blocks and channels, and blocks alone, too.
 
-    Where sequences may be cut, shorter ones alone, and those with fewer blocks.
+    Positions go, or are merged, as in `base`.
     """
+    base = base or Shape(0.0)
     shares = [round(LARGEST_SHARE * point / POINTS, 4) for point in range(1, POINTS)]
-    channels = [Shape(share) for share in shares]
-    deepest = round(DEEPEST * facts.blocks) if facts.blocks > 1 else 0
-    half = [round(deepest / 2 * point / POINTS) for point in range(1, POINTS)]  # of the blocks, where others go, too
-    found: list[Route] = [channels]
-    if deepest:
-        found.append([Shape(round(share / 2, 4), count) for share, count in zip(shares, half, strict=True)])
-        found.append([Shape(0.0, count) for count in range(1, deepest + 1)])
-    if facts.truncates:
-        cuts = [round(SHORTEST * point / POINTS, 4) for point in range(1, POINTS)]
-        found.append([Shape(0.0, 0, cut) for cut in cuts])
-        found += [[Shape(0.0, n, round(cut / 2, 4)) for cut, n in zip(cuts, half, strict=True)]] if deepest else []
+    found: list[Route] = [[replace(base, share=share) for share in shares]]
+    if facts.blocks > 1:
+        deepest = round(DEEPEST * facts.blocks)
+        half = _up_to(deepest / 2)  # where channels go, too
+        both = zip(shares, half, strict=True)
+        found.append([replace(base, share=round(share / 2, 4), dropped=count) for share, count in both])
+        found.append([replace(base, dropped=count) for count in range(1, deepest + 1)])
     return found
+
+
+def routes_of_positions(facts: Facts) -> list[Route]:
+    """Shorter sequences, blocks computed for groups of positions, and both, as far as they may be."""
+    cuts = [round(SHORTEST * point / POINTS, 4) for point in range(1, POINTS)]
+    found: list[Route] = []
+    if facts.truncates:
+        found.append([Shape(0.0, cut=cut) for cut in cuts])
+    if facts.merges:
+        found.append([Shape(0.0, merged=level) for level in range(1, 2 * facts.merges + 1)])
+    if len(found) > 1:
+        both = zip(cuts, _up_to(facts.merges), strict=True)
+        found.append([Shape(0.0, cut=round(cut / 2, 4), merged=level) for cut, level in both])
+    return found
+
+
+def _up_to(most: float) -> list[int]:
+    """For each point of a route a number, growing evenly to `most`."""
+    return [round(most * point / POINTS) for point in range(1, POINTS)]
 
 
 def points_to_try(length: int, tried: Sequence[tuple[int, bool]]) -> list[int]:
@@ -275,9 +318,16 @@ def _few_bits(facts: Facts, budget: Budget, target: str) -> Generator[Round, lis
         return []
     last = len(facts.stored) - 1
     fits = yield from fitting(facts.stored, last, STORED_TRIALS)
-    beyond = [_distilled(steps, facts.distil()) for steps in facts.stored[fits + 1 :]]
+    beyond = facts.stored[fits + 1 :]
     if beyond:
-        yield from fitting(beyond, len(beyond) // 2, TAUGHT_TRIALS)
+        briefly, long = ([_distilled(way, facts.distil(length)) for way in beyond] for length in (1.0, LONG))
+        held = yield from fitting(briefly, len(beyond) // 2, TAUGHT_TRIALS)
+        failed = [index for index, way in enumerate(briefly) if index > held and way in [way for _, way in tried]]
+        for index in sorted(failed)[:LONGER_TRIALS]:
+            (trial,) = yield [Recipe(facts.steps(*long[index]), target)]
+            tried.append((trial, long[index]))
+            if not trial.drop_fits(budget):
+                break
     return tried
 
 
@@ -305,36 +355,77 @@ def _whole_in_int8(facts: Facts) -> list[Numbers]:
 
 
 def _shapes(facts: Facts, budget: Budget, target: str, numbers: Numbers) -> Plan:
-    """The smallest shape along the most promising route, each distilled for a short time; then the finalists."""
-    tried: dict[Shape, Trial] = {}
-    teaching = TEACHINGS[0]
+    """The fewest positions that the budget bears, then with those the fewest weights.
 
-    def taught(shapes: Sequence[Shape], length: float) -> Generator[Round, list[Trial], dict[Shape, Trial]]:
-        trials = yield [facts.candidate(target, numbers, shape, length, teaching) for shape in shapes]
-        return dict(zip(shapes, trials, strict=True))
+    Each time along the most promising route, and then the finalists.
+    """
+    course = _Course(facts, budget, target, numbers)
+    base = Shape(0.0)
+    if ways := routes_of_positions(facts):
+        yield from course.followed(ways, base, WHOLE_FINALISTS)
+        base = course.best() or base
+    yield from course.followed(routes(facts, base), base, FINALISTS)
 
-    ways = routes(facts)
-    tried |= yield from taught(_to_begin_with(facts, ways, COMPARED), SHORT)
-    if all(trial.measurement is None for trial in tried.values()):
-        return  # what cannot be made smaller by any of them cannot at all
-    fitting = [way for way in ways if any(shape in tried and tried[shape].drop_fits(budget) for shape in way)]
-    compared = tried
-    if len(fitting) > 1:  # which of them leads further, shapes from which more is gone tell better
-        compared = yield from taught(_to_begin_with(facts, fitting, COMPARED**2), SHORT)
-        tried = {**tried, **compared}
-    route = min(
-        fitting or ways, key=lambda way: min((_drop(compared[s]) for s in way if s in compared), default=math.inf)
-    )
-    raced = _first_to_fail([shape for shape in route if shape in tried], tried, budget)
-    if raced.thinner:  # else it was not distilled yet
-        others = yield [facts.candidate(target, numbers, raced, SHORT, kind) for kind in TEACHINGS[1:]]
-        teaching, tried[raced] = _best_teaching(tried[raced], others)
-    for _ in range(ROUNDS - 1):
-        known = [(point, tried[s].drop_fits(budget)) for point, s in enumerate(route, start=1) if s in tried]
-        tried |= yield from taught([route[point - 1] for point in points_to_try(len(route), known)], SHORT)
-    finals: dict[Shape, Trial] = {}
-    while finalists := _finalists(route, tried, finals, budget):
-        finals |= yield from taught(finalists, LONG)
+
+@dataclass
+class _Course:
+    """Shapes tried so far, briefly and, as finalists, for long, and the distillation by which they are taught."""
+
+    facts: Facts
+    budget: Budget
+    target: str
+    numbers: Numbers
+    tried: dict[Shape, Trial] = field(default_factory=dict)
+    finals: dict[Shape, Trial] = field(default_factory=dict)
+    teaching: str = TEACHINGS[0]
+
+    def taught(self, shapes: Sequence[Shape], length: float) -> Generator[Round, list[Trial], dict[Shape, Trial]]:
+        """What comes of `shapes`, each distilled so long, but for brief trials of those that have all their weights."""
+        batch = [self.facts.candidate(self.target, self.numbers, shape, length, self.teaching) for shape in shapes]
+        return dict(zip(shapes, (yield batch), strict=True))
+
+    def best(self) -> Shape | None:
+        """The shape that fits and costs least."""
+        trials = [*self.tried.items(), *self.finals.items()]
+        fitting = [(_cost(t, t, self.budget), n) for n, (_, t) in enumerate(trials) if t.drop_fits(self.budget)]
+        return trials[min(fitting)[1]][0] if fitting else None
+
+    def followed(self, ways: Sequence[Route], base: Shape, finalists: int) -> Plan:
+        """The smallest shape along the most promising of `ways`, each taught for a short time; then the finalists."""
+        facts, budget = self.facts, self.budget
+        first = yield from self.taught(_to_begin_with(facts, ways, COMPARED * facts.pace(base)), SHORT)
+        self.tried |= first
+        if all(trial.measurement is None for trial in first.values()):
+            return  # what cannot be made smaller by any of them cannot at all
+        fitting = [way for way in ways if any(shape in first and first[shape].drop_fits(budget) for shape in way)]
+        compared = first
+        if len(fitting) > 1:  # which of them leads further, shapes from which more is gone tell better
+            compared = yield from self.taught(_to_begin_with(facts, fitting, COMPARED**2 * facts.pace(base)), SHORT)
+            self.tried |= compared
+        route = min(
+            fitting or ways, key=lambda way: min((_drop(compared[s]) for s in way if s in compared), default=math.inf)
+        )
+        yield from self._raced([shape for shape in route if shape in self.tried])
+        for _ in range(ROUNDS - 1):
+            known = [(point, self.tried[s].drop_fits(budget)) for point, s in enumerate(route, 1) if s in self.tried]
+            shapes = [route[point - 1] for point in points_to_try(len(route), known)]
+            self.tried |= yield from self.taught(shapes, SHORT)
+        left = finalists
+        while left and (left == finalists or self.best()):
+            count = min(2, left) if left == finalists else 1
+            if not (shapes := _finalists(route, self.tried, self.finals, budget, count)):
+                break
+            self.finals |= yield from self.taught(shapes, LONG)
+            left -= len(shapes)
+
+    def _raced(self, shapes: Sequence[Shape]) -> Plan:
+        """The first shape that failed is taught in the other ways, too, once weights are gone; the best way is kept."""
+        raced = _first_to_fail(shapes, self.tried, self.budget)
+        if raced.thinner:  # else it was not distilled yet
+            others = yield [
+                self.facts.candidate(self.target, self.numbers, raced, SHORT, kind) for kind in TEACHINGS[1:]
+            ]
+            self.teaching, self.tried[raced] = _best_teaching(self.tried[raced], others)
 
 
 def _to_begin_with(facts: Facts, ways: Sequence[Route], pace: float) -> list[Shape]:
@@ -371,23 +462,23 @@ def shape_of(facts: Facts, recipe: Recipe) -> Shape | None:
     settings = {step.name(): step.settings() for step in recipe.steps}
     lost = settings.get("drop_layers", {}).get("share", 0.0)
     cut = settings.get("truncate_inputs", {}).get("share", 0.0)
-    shape = Shape(settings.get("prune_channels", {}).get("share", 0.0), round(lost * facts.blocks), cut)
+    merges = [step.settings() for step in recipe.steps if step.name() == "merge_positions"]
+    levels = [round(m["share"] * facts.merges) + (facts.merges if m["size"] > 2 else 0) for m in merges]
+    share = settings.get("prune_channels", {}).get("share", 0.0)
+    shape = Shape(share, round(lost * facts.blocks), cut, max(levels, default=0))
     return shape if shape != Shape(0.0) else None
 
 
 def _finalists(
-    route: Route, tried: Mapping[Shape, Trial], finals: Mapping[Shape, Trial], budget: Budget
+    route: Route, tried: Mapping[Shape, Trial], finals: Mapping[Shape, Trial], budget: Budget, count: int
 ) -> list[Shape]:
-    """Shapes to distil for long: at first the two that lack least of those that would cost less than the best.
+    """Shapes to distil for long: `count` that lack least of those that would cost less than the best.
 
-    Then, one at a time, halfway between what fits and the least that did not, or if all fit the next that lacks least.
-    None after FINALISTS, nor where nothing fits.
+    Where some of the route did not fit, and smaller ones than the best are among them: halfway between the two.
     """
     known = {**tried, **finals}
     fitting = {shape: trial for shape, trial in known.items() if trial.drop_fits(budget)}
     best = min(fitting, key=lambda shape: _cost(fitting[shape], fitting[shape], budget), default=None)
-    if len(finals) >= FINALISTS or (finals and best is None):
-        return []
     points = {shape: point for point, shape in enumerate(route)}
     beyond = [points[s] for s in finals if best in points and s not in fitting and points.get(s, -1) > points[best]]
     if best and beyond:
@@ -399,7 +490,7 @@ def _finalists(
         for shape, trial in tried.items()
         if shape not in finals and trial.measurement and budget.cost(trial.measurement) < least
     }
-    return sorted(lacking, key=lambda shape: lacking[shape])[: 1 if finals else 2]
+    return sorted(lacking, key=lambda shape: lacking[shape])[:count]
 
 
 def _cost(first: Trial, second: Trial, budget: Budget) -> float:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from featherweight.masks import misfit
 from featherweight.workload import Batch, call, like, outputs, tensors
 
 QUANTIZER = "input_quantizer"
+OWN_KIND = "featherweight_kind"  # of a class that was derived: the one that its author wrote
 NEVER_CALLED = "is not called on the calibration data, so that nothing is known of its inputs"
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 WEIGHTED = (*CONVOLUTIONS, nn.Linear)  # what multiplies numbers that it reads with a weight
@@ -144,8 +146,9 @@ def leave_others(model: nn.Module, where: str, treated: Collection[str], step: s
 
 
 def kind_of(layer: nn.Module) -> type[nn.Module]:
-    """The class of `layer` as its author wrote it: parametrizations derive a class of their own from it."""
-    return parametrize.type_before_parametrizations(layer)
+    """The class of `layer` as its author wrote it: parametrizations and `derive` make a class of their own of it."""
+    kind = parametrize.type_before_parametrizations(layer)
+    return getattr(kind, OWN_KIND, kind)
 
 
 def groups_by_weight(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[dict[str, nn.Module]]:
@@ -188,6 +191,16 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
     old = model.get_submodule(name)
     for other in [key for key, found in model.named_modules(remove_duplicate=False) if found is old]:
         model.set_submodule(other, module)
+
+
+def derive(layer: nn.Module, mixin: type[nn.Module]) -> None:
+    """What `mixin` defines comes before what the class of `layer` does, which it reaches by `super()`."""
+    layer.__class__ = _derived(mixin, type(layer))  # type: ignore[arg-type]
+
+
+@cache  # so that layers of one class stay so
+def _derived(mixin: type[nn.Module], kind: type[nn.Module]) -> type[nn.Module]:
+    return type(kind.__name__, (mixin, kind), {OWN_KIND: getattr(kind, OWN_KIND, kind)})
 
 
 class RecurrentWeight(nn.Module):
@@ -609,10 +622,10 @@ def blocks(model: nn.Module) -> Iterator[Block]:
         if not isinstance(container, (nn.ModuleList, nn.Sequential)):
             continue
         children = dict(container.named_children())
-        kinds = [type(child) for child in children.values()]
+        kinds = [kind_of(child) for child in children.values()]
         for child, module in children.items():
             composed = any(True for _ in module.children()) and any(True for _ in module.parameters())
-            if composed and kinds.count(type(module)) > 1 and not isinstance(module, (nn.ModuleList, nn.Sequential)):
+            if composed and kinds.count(kind_of(module)) > 1 and not isinstance(module, (nn.ModuleList, nn.Sequential)):
                 yield Block(name, child)
 
 

@@ -106,24 +106,36 @@ def mlp() -> nn.Sequential:
     return nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 5))
 
 
-class Transformer(nn.Module):
-    """Tokens and mask, (n, t) int64 both, t <= 7, to (n, 5): embeddings, attention, a feed-forward layer."""
+class TransformerBlock(nn.Module):
+    """(n, t, 32) and its mask (n, t) int64 to (n, t, 32): attention and a feed-forward layer."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.words, self.places = nn.Embedding(40, 32), nn.Embedding(7, 32)
         self.norm1, self.norm2 = nn.LayerNorm(32), nn.LayerNorm(32)
         self.query, self.key, self.value, self.out = (nn.Linear(32, 32) for _ in range(4))
         self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
-        self.head = nn.Linear(32, 5)
 
-    def forward(self, ids: Int64[Tensor, "n t"], mask: Int64[Tensor, "n t"]) -> Float[Tensor, "n 5"]:
-        x = self.words(ids) + self.places.weight[: ids.shape[1]]
+    def forward(self, x: Float[Tensor, "n t 32"], mask: Int64[Tensor, "n t"]) -> Float[Tensor, "n t 32"]:
         y = self.norm1(x)
         q, k, v = (layer(y).unflatten(2, (-1, 16)).transpose(1, 2) for layer in (self.query, self.key, self.value))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.bool()[:, None, None, :])
         x = x + self.out(y.transpose(1, 2).flatten(2))
-        x = x + self.down(F.gelu(self.up(self.norm2(x))))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class Transformer(nn.Module):
+    """Tokens and mask, (n, t) int64 both, t <= 7, to (n, 5): embeddings, and two alike blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(40, 32), nn.Embedding(7, 32)
+        self.blocks = nn.ModuleList(TransformerBlock() for _ in range(2))
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, ids: Int64[Tensor, "n t"], mask: Int64[Tensor, "n t"]) -> Float[Tensor, "n 5"]:
+        x = self.words(ids) + self.places.weight[: ids.shape[1]]
+        for block in self.blocks:
+            x = block(x, mask)
         return self.head(x.mean(1))
 
 

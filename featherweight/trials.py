@@ -93,10 +93,11 @@ class Budget:
         return float(self.max_drop)
 
     def cost(self, found: Measurement) -> float:
-        """What is made small: bytes, the milliseconds of a run, or those that go to one input of it."""
-        if self.objective == "bytes":
-            return float(found.bytes)
-        return found.latency_ms / found.batch if self.objective == "throughput" else found.latency_ms
+        """What is made small: bytes, or the time of a run beside that of the original, which was timed in turn with it.
+
+        Milliseconds of different hours do not compare: the whole machine may be slower in one of them.
+        """
+        return float(found.bytes) if self.objective == "bytes" else 1 / max(found.latency_ratio, 1e-9)
 
     def excess(self, found: Measurement) -> dict[str, float]:
         """By how much each bound is exceeded, as a share of it; zero or less where it holds."""

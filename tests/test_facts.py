@@ -11,6 +11,7 @@ from torch import nn
 from featherweight import facts as known
 from featherweight import targets
 from featherweight.errors import WorkloadError
+from featherweight.testing import networks
 from featherweight.workload import Workload, load
 
 TARGET = "onnxruntime"
@@ -44,6 +45,29 @@ def test_blocks_are_counted_where_no_batch_norm_is():
     assert known.facts_of(workload_of(blocks), (TARGET,)).blocks == 2
     normed = nn.Sequential(_Block(), nn.BatchNorm1d(8), _Block())
     assert known.facts_of(workload_of(normed), (TARGET,)).blocks == 0
+
+
+def test_sequences_that_may_be_cut_and_blocks_that_may_be_merged_are_found():
+    found = known.facts_of(networks()["transformer"], (TARGET,))
+    assert (found.truncates, found.merges, found.blocks) == (True, 2, 2)
+    found = known.facts_of(networks()["stacked"], (TARGET,))
+    assert (found.truncates, found.merges, found.blocks) == (False, 0, 3)
+
+
+@pytest.mark.parametrize(
+    ("units", "norm", "precision"),
+    [
+        (["amx_bf16", "avx512_bf16"], True, "bfloat16"),
+        (["avx512_bf16"], False, "bfloat16"),
+        (["avx512_bf16"], True, "float32"),
+        (["avx512f"], False, "float32"),
+        (None, False, "float32"),
+    ],
+)
+def test_distillation_is_in_the_precision_that_is_faster_on_this_processor(monkeypatch, units, norm, precision):
+    monkeypatch.setattr(known, "machine", lambda: {"features": units})
+    model = nn.Sequential(nn.Linear(8, 8), *([nn.BatchNorm1d(8)] if norm else []), nn.Linear(8, 2))
+    assert known.facts_of(workload_of(model), (TARGET,)).precision == precision
 
 
 def test_training_data_that_raise_are_bad_input():

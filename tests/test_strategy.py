@@ -8,6 +8,7 @@ import pytest
 
 from featherweight import strategy
 from featherweight.passes import build
+from featherweight.passes.merge_positions import MergePositions
 from featherweight.recipe import Recipe
 from featherweight.strategy import Facts, Shape, next_recipes
 from featherweight.trials import Budget, Trial, best_of, in_words
@@ -32,7 +33,8 @@ class World:
 
     def __call__(self, recipe: Recipe) -> Trial:
         names = [step.name() for step in recipe.steps]
-        share = max([step.settings().get("share", 0.0) for step in recipe.steps]) if recipe.steps else 0.0
+        gone = [step.settings().get("share", 0.0) for step in recipe.steps if step.name() != "merge_positions"]
+        share = max(gone, default=0.0)
         trained = names[-1:] == ["distill_soft"]
         drop = (self.trained_drop if trained else self.static_drop) if "quantize_static" in names else 0.0
         drop += 0.1 if share > self.breaks_at else 0.001 * share
@@ -209,16 +211,20 @@ STORED = tuple((build("quantize_weights", {"bits": 8 - n, "where": f"layer{n}"},
 
 @pytest.mark.parametrize("last", range(-1, 6))
 def test_for_bytes_the_smallest_ways_to_store_that_the_budget_bears_are_found_by_bisection(last):
-    """Of six ways, from the least harmful to the smallest, those up to `last` fit the budget, distilled two more."""
+    """Of six ways, from the least harmful to the smallest, those up to `last` fit the budget.
 
-    def is_taught(recipe: Recipe) -> bool:
-        return len(recipe.steps) == 3 and recipe.steps[-1].name() == "distill_soft"
+    Distilled two more do, and for long a third.
+    """
+
+    def epochs(recipe: Recipe) -> float:
+        is_taught = len(recipe.steps) == 3 and recipe.steps[-1].name() == "distill_soft"
+        return recipe.steps[-1].settings()["epochs"] if is_taught else 0.0
 
     def world(recipe: Recipe) -> Trial:
         ways = [step for step in recipe.steps if step in {way for (way,) in STORED}]
         index = STORED.index((ways[0],)) if ways else -1
         pruned = any(step.name() == "prune_channels" for step in recipe.steps)
-        drop = 0.02 if pruned or index > last + 2 * is_taught(recipe) else 0.0
+        drop = 0.02 if pruned or index > last + {0.0: 0, 2.0: 2, 4.0: 3}[epochs(recipe)] else 0.0
         return Trial(recipe, measurement(recipe, drop=drop, drop_upper=drop, bytes=40_000_000 - 1_000_000 * index))
 
     facts = dataclasses.replace(FACTS, stored=STORED)
@@ -226,11 +232,13 @@ def test_for_bytes_the_smallest_ways_to_store_that_the_budget_bears_are_found_by
     tried = [STORED.index(trial.recipe.steps[-1:]) for trial in trials if trial.recipe.steps[-1:] in STORED]
     alone = tried[: next((n for n, trial in enumerate(trials[2:]) if len(trial.recipe.steps) > 2), len(tried))]
     assert alone[0] == 5 and len(alone) <= 5 and len(set(alone)) == len(alone)
-    taught = [STORED.index((t.recipe.steps[1],)) for t in trials if is_taught(t.recipe)]
-    assert len(taught) <= 3 and all(index > last for index in taught) and bool(taught) == (last < 5)
+    taught = [(epochs(t.recipe), STORED.index((t.recipe.steps[1],))) for t in trials if epochs(t.recipe)]
+    briefly, long = ([index for length, index in taught if length == wanted] for wanted in (2.0, 4.0))
+    assert len(briefly) <= 3 and all(index > last for index in briefly) and bool(briefly) == (last < 5)
+    assert long == [index for index in range(last + 3, 6) if index in briefly][:2]
     best = best_of(trials, Budget(0.01, objective="bytes"))
     found = [step for step in best.recipe.steps if step.name() == "quantize_weights"]
-    assert found == [STORED[min(last + 2, 5)][0]]
+    assert found == [STORED[min(last + 3, 5)][0]]
 
 
 def test_factors_are_distilled_before_they_are_rounded_and_what_has_none_after():
@@ -306,36 +314,53 @@ def test_sequences_get_shorter_where_that_loses_least_and_networks_with_all_thei
 
     facts = dataclasses.replace(BLOCKS, truncates=True)
     trials = played(facts, Budget(0.01), world)
-    cuts = [
-        (shape.cut, "distill" in in_words(t.recipe)) for t in trials if (shape := strategy.shape_of(BLOCKS, t.recipe))
-    ]
-    assert cuts[3] == (0.2986, False) and [distilled for cut, distilled in cuts[5:7]] == [False, False]
-    assert all(cut > 0.2986 for cut, _ in cuts[5:7]) and all(distilled for _, distilled in cuts[7:])
+    tried = [(shape, "distill" in in_words(t.recipe)) for t in trials if (shape := strategy.shape_of(BLOCKS, t.recipe))]
+    cuts = [(0.25, False), (0.5, False), (0.3333, False), (0.4167, False), (0.5, True), (0.4167, True)]
+    assert tried[: len(cuts)] == [(Shape(0.0, cut=cut), taught) for cut, taught in cuts]
+    others = [shape for shape, _ in tried[len(cuts) :]]
+    assert others and all(shape.thinner and shape.cut == 0.5 for shape in others[:3])
     best = best_of(trials, Budget(0.01))
-    assert best and "distill" in in_words(best.recipe) and 0.4 < strategy.shape_of(BLOCKS, best.recipe).cut <= 0.6
+    assert best and strategy.shape_of(BLOCKS, best.recipe) == Shape(0.0, cut=0.5)
     stored = played(facts, Budget(0.01, objective="bytes"), world)
     assert not [t for t in stored if "truncate_inputs" in in_words(t.recipe)]
 
 
 def test_routes_that_fit_are_compared_again_where_half_is_gone():
-    """All lose nothing at first; where more is gone, channels lose most and positions least."""
+    """All lose nothing at first; where more is gone, positions that are cut lose least."""
+    facts = dataclasses.replace(BLOCKS, truncates=True, merges=6)
 
     def world(recipe: Recipe) -> Trial:
-        shape = strategy.shape_of(BLOCKS, recipe) or Shape(0.0)
+        shape = strategy.shape_of(facts, recipe) or Shape(0.0)
         trial = World(static_drop=0.0, breaks_at=1.0)(recipe)
-        left = BLOCKS.kept(shape)
-        worse = 0.0 if left > 0.6 else (0.02 * shape.share + 0.005 * shape.dropped + 0.008 * shape.cut) * (1 - left)
+        left = facts.kept(shape)
+        worse = 0.0 if left > 0.6 else (0.02 * shape.share + 0.002 * shape.merged + 0.008 * shape.cut) * (1 - left)
         return Trial(recipe, dataclasses.replace(trial.measurement, drop=worse, drop_upper=worse))
 
-    found = [
-        strategy.shape_of(BLOCKS, t.recipe)
-        for t in played(dataclasses.replace(BLOCKS, truncates=True), Budget(0.01), world)
-    ]
+    found = [strategy.shape_of(facts, t.recipe) for t in played(facts, Budget(0.01), world)]
     tried = [shape for shape in found if shape]
-    first, second = tried[:5], tried[5:10]
-    assert all(BLOCKS.kept(shape) > 0.6 for shape in first) and all(0.4 < BLOCKS.kept(shape) < 0.6 for shape in second)
-    raced = [shape for shape in tried[10:] if not shape.thinner]
-    assert raced and all(shape.cut > second[3].cut for shape in raced)
+    first, second = tried[:3], tried[3:6]
+    assert all(facts.kept(shape) > 0.6 for shape in first) and all(0.4 < facts.kept(shape) < 0.6 for shape in second)
+    followed = [shape for shape in tried[6:] if not shape.thinner]
+    assert followed and all(shape.cut > second[0].cut and not shape.merged for shape in followed)
+
+
+def test_blocks_are_computed_for_pairs_of_positions_and_then_for_fours():
+    """Of eight blocks four can be: the budget bears two for fours and the others for pairs."""
+    facts = dataclasses.replace(BLOCKS, blocks=8, merges=4)
+
+    def world(recipe: Recipe) -> Trial:
+        shape = strategy.shape_of(facts, recipe) or Shape(0.0)
+        drop = 0.0 if shape.merged <= 6 and not shape.thinner else 0.02
+        return Trial(recipe, measurement(recipe, drop=drop, drop_upper=drop, latency_ms=facts.kept(shape)))
+
+    trials = played(facts, Budget(0.01), world)
+    best = best_of(trials, Budget(0.01))
+    assert best and best.recipe.steps[:2] == (MergePositions(share=0.5, size=4), MergePositions(share=1.0, size=2))
+    for level in range(9):
+        shape = Shape(0.0, merged=level)
+        recipe = facts.candidate(TARGET, (), shape, strategy.SHORT)
+        assert strategy.shape_of(facts, recipe) == (shape if level else None)
+    assert facts.kept(Shape(0.0, merged=4)) == 0.75 and facts.kept(Shape(0.0, merged=8)) == 0.625
 
 
 def test_what_costs_the_same_is_what_was_predicted_to():
@@ -348,21 +373,22 @@ def test_what_costs_the_same_is_what_was_predicted_to():
 
 
 def test_routes_become_smaller_from_shape_to_shape_and_end_where_little_is_left():
-    for blocks, truncates, count in (
-        (0, False, 1),
-        (1, False, 1),
-        (2, False, 3),
-        (24, False, 3),
-        (0, True, 2),
-        (6, True, 5),
+    for blocks, truncates, merges, counts in (
+        (0, False, 0, (1, 0)),
+        (1, False, 0, (1, 0)),
+        (2, False, 0, (3, 0)),
+        (24, True, 0, (3, 1)),
+        (6, True, 6, (3, 3)),
+        (8, False, 4, (3, 1)),
     ):
-        facts = dataclasses.replace(BLOCKS, blocks=blocks, truncates=truncates)
-        found = strategy.routes(facts)
-        assert len(found) == count
-        for route in found:
+        facts = dataclasses.replace(BLOCKS, blocks=blocks, truncates=truncates, merges=merges)
+        found = strategy.routes(facts), strategy.routes_of_positions(facts)
+        assert tuple(map(len, found)) == counts
+        for route in (*found[0], *found[1], *strategy.routes(facts, Shape(0.0, cut=0.5))):
             kept = [facts.kept(shape) for shape in route]
             assert kept == sorted(kept, reverse=True) and len(set(route)) == len(route)
-            assert kept[0] < 1 and kept[-1] > 0.1
+            assert kept[0] < 1 and kept[-1] > 0.09
+        assert {shape.cut for route in strategy.routes(facts, Shape(0.0, cut=0.5)) for shape in route} == {0.5}
 
 
 def test_the_target_and_the_numbers_are_settled_before_shapes_are_tried():

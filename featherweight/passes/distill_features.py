@@ -202,11 +202,9 @@ class DistillFeatures(Distillation):
             _, found = watched(as_in_training(model, batch, self.where), pairs, batch)
         fitted = {}
         for name, pair in pairs.items():
-            s, t = found[name], wanted[pair.teacher]
-            dim = next((i for i in range(1, t.dim()) if s.shape[i] != t.shape[i]), None)
-            fitted[name] = (
-                pair if dim is None else replace(pair, dim=dim, weight=nn.Parameter(least_squares(s, t, dim)))
-            )
+            s, t, dim = found[name], wanted[pair.teacher], pair.dim
+            same = s.shape[dim] == t.shape[dim]
+            fitted[name] = pair if same else replace(pair, weight=nn.Parameter(least_squares(s, t, dim)))
         return fitted
 
 
@@ -230,6 +228,8 @@ def mismatch(student: Tensor, teacher: Tensor, dim: int, kind: str) -> str:
 
     >>> mismatch(torch.ones(2, 3, 8), torch.ones(2, 4, 8), dim=1, kind="values")
     ''
+    >>> mismatch(torch.ones(2, 3, 8), torch.ones(2, 4, 8), dim=2, kind="values")
+    'it returns (2, 3, 8), in the original (2, 4, 8): more than widths differ'
     >>> mismatch(torch.ones(2, 3), torch.ones(2, 3), dim=1, kind="attention")
     'it returns (2, 3), which has no positions to attend to'
     """
@@ -237,8 +237,8 @@ def mismatch(student: Tensor, teacher: Tensor, dim: int, kind: str) -> str:
     other = f"it returns {tuple(student.shape)}, in the original {tuple(teacher.shape)}: more than widths differ"
     if student.dim() != teacher.dim() or 0 in differing:
         return other
-    if kind == "values" and len(differing) > 1:
-        return other
+    if kind == "values" and set(differing) - {dim}:
+        return other  # other positions, say, which no projection of widths makes the same
     if kind == "attention":
         if student.dim() < 3:
             return f"it returns {tuple(student.shape)}, which has no positions to attend to"

@@ -218,7 +218,7 @@ def compared(data: Workload, *steps: Pass, **settings) -> tuple[str, dict[str, s
         ("residual", "stem, shortcut"),
         ("depthwise", "stem, expand, middle and 1 more"),
         ("mlp", "0, 2"),
-        ("transformer", "words, norm1, query and 6 more"),
+        ("transformer", "blocks.0, blocks.1"),
         ("stacked", "blocks.0, blocks.1, blocks.2"),
     ],
 )

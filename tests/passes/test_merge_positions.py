@@ -1,0 +1,164 @@
+"""Blocks computed for groups of positions: as before where neighbours are alike, and refused where they may not be."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from featherweight.damage import damage
+from featherweight.errors import LayerError
+from featherweight.passes.merge_positions import Groups, MergePositions, Merging, least_missed, mergeable
+from featherweight.recipe import Recipe, compress_model
+from featherweight.surgery import blocks, kind_of
+from featherweight.targets import find, installed
+from featherweight.testing import check_export, networks
+from featherweight.workload import Workload
+
+WIDTH, LENGTH = 16, 12
+
+
+class Block(nn.Module):
+    """(n, t, WIDTH) to the like: attention and a perceptron, each added; by a mask that attention takes as it is."""
+
+    def __init__(self, causal: bool = False, strength: float = 1.0) -> None:
+        super().__init__()
+        self.causal, self.strength = causal, strength
+        self.mix, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, str]:
+        q, k, v = self.mix(x).unsqueeze(1).chunk(3, -1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.causal).squeeze(1)
+        x = x + self.strength * self.out(y)
+        return x + self.strength * self.down(F.gelu(self.up(x))), "and more"
+
+
+class Stack(nn.Module):
+    """(n, t, WIDTH) to the like by blocks that are called by name; a mask of `kind` hides the last four positions."""
+
+    def __init__(self, *members: nn.Module, kind: str = "none") -> None:
+        super().__init__()
+        self.blocks, self.kind = nn.ModuleList(members), kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = torch.arange(x.shape[1]) < x.shape[1] - 4
+        masks = {"none": None, "bool": seen[None, None, None], "added": seen.log()[None, None, None]}
+        masks["square"] = seen[None, None, None].expand(1, 1, len(seen), -1)
+        for block in self.blocks:
+            x, _ = block(x=x, mask=masks[self.kind])
+        return x
+
+
+def made(model: nn.Module, x: Tensor | None = None) -> Workload:
+    x = torch.randn(16, LENGTH, WIDTH, generator=torch.Generator().manual_seed(0)) if x is None else x
+    return Workload(model.eval(), (x[:2],), [(x,)], score=lambda predict: 0.0)
+
+
+def outputs(model: nn.Module, workload: Workload) -> Tensor:
+    with torch.no_grad():
+        return model(*workload.calibration[0])
+
+
+@pytest.mark.parametrize("kind", ["none", "bool", "added", "square"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_where_neighbours_are_alike_nothing_changes(kind: str, size: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(16, LENGTH // size, WIDTH).repeat_interleave(size, 1)
+    workload = made(Stack(Block(), Block(), kind=kind), x)
+    model, coverage = compress_model(Recipe((MergePositions(share=1.0, size=size),), "torch"), workload)
+    assert coverage.done == [(f"blocks.{n}", f"is computed for groups of {size} positions") for n in (0, 1)]
+    torch.testing.assert_close(outputs(model, workload), outputs(workload.model, workload), rtol=1e-4, atol=1e-5)
+    assert not any(isinstance(module, Merging) for module in workload.model.modules())
+
+
+def test_what_attention_adds_counts_as_often_as_the_positions_of_a_group() -> None:
+    """Two positions that are merged, and one that stays by itself: its weight is half of theirs."""
+    added = Groups(2).merged_beside(torch.zeros(1, 3), 3)
+    assert added.exp().tolist() == [[pytest.approx(2.0), pytest.approx(1.0)]]
+    masked = Groups(2).merged_beside(torch.tensor([[0.0, -torch.inf, -torch.inf, -torch.inf]]), 4)
+    assert masked.tolist() == [[0.0, -torch.inf]]
+    assert Groups(2).merged_beside(torch.tensor([[0, 1, 0, 0]]), 4).tolist() == [[1, 0]]
+    vectors = torch.randn(2, 4, 6)
+    assert torch.equal(Groups(2).merged_beside(vectors, 4), vectors.unflatten(1, (2, 2)).mean(2))
+    for other in (None, "text", torch.zeros(4, 3)):
+        assert Groups(2).merged_beside(other, 4) is other
+
+
+def test_the_blocks_that_matter_least_are_chosen_and_the_way_that_harms_less() -> None:
+    torch.manual_seed(0)
+    workload = made(Stack(Block(), Block(strength=0.01), Block()))
+    _, coverage = compress_model(Recipe((MergePositions(share=1 / 3),), "torch"), workload)
+    assert [name for name, _ in coverage.done] == ["blocks.1"]
+    assert [why for _, why in coverage.left] == ["matters too much for the share that was asked for"] * 2
+    x = torch.randn(16, LENGTH // 2, WIDTH).repeat_interleave(2, 1)
+    shifted = made(workload.model, torch.cat([torch.randn(16, 1, WIDTH), x], 1)[:, :LENGTH])
+    assert least_missed(shifted.model, ["blocks.0"], 1, 2, shifted) == (["blocks.0"], Groups(2, alone=1))
+
+
+def test_classes_and_names_stay_and_copies_go_their_own_way() -> None:
+    workload = made(Stack(Block(), Block()))
+    model, _ = compress_model(Recipe((MergePositions(share=0.5),), "torch"), workload)
+    assert [kind_of(block) for block in model.blocks] == [Block, Block] and len(list(blocks(model))) == 2
+    assert list(model.state_dict()) == list(workload.model.state_dict())
+    copied = copy.deepcopy(model)
+    again, coverage = compress_model(Recipe((MergePositions(share=0.5), MergePositions(share=1.0)), "torch"), workload)
+    assert [isinstance(block, Merging) for block in again.blocks] == [True, True]
+    assert sorted(why for _, why in coverage.left)[0] == "is computed for groups already"
+    assert torch.equal(outputs(copied, workload), outputs(model, workload))
+    assert damage([outputs(again, workload)], [outputs(model, workload)]) > 0
+
+
+class Second(nn.Module):
+    """What takes the batch in the second dimension: (n, t, WIDTH) turned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(0, 1)
+        for block in self.blocks:
+            x, _ = block(x)
+        return x.transpose(0, 1)
+
+
+class Picky(Block):
+    """Takes LENGTH positions and no other number."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, str]:
+        return super().forward(x + torch.ones(LENGTH, 1), mask)
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (Stack(Block(causal=True), Block(causal=True)), "does not hear the others"),
+        (Second(), "in the second dimension"),
+        (Stack(Picky(), Picky()), "raises RuntimeError with groups"),
+    ],
+)
+def test_what_may_not_be_merged_is_refused_with_the_reason(model: nn.Module, why: str) -> None:
+    with pytest.raises(LayerError, match=why):
+        compress_model(Recipe((MergePositions(),), "torch"), made(model))
+    assert not mergeable(model, made(model))
+
+
+def test_networks_without_sequences_are_refused() -> None:
+    for name, why in (("mlp", "no nn.ModuleList"), ("stacked", "reads no sequence of vectors")):
+        with pytest.raises(LayerError, match=why):
+            compress_model(Recipe((MergePositions(),), "torch"), networks()[name])
+    with pytest.raises(LayerError, match="too few to make groups of"):
+        compress_model(Recipe((MergePositions(size=LENGTH),), "torch"), made(Stack(Block(), Block())))
+    assert mergeable(networks()["transformer"].model, networks()["transformer"]) == ["blocks.0", "blocks.1"]
+
+
+@pytest.mark.filterwarnings("ignore")  # of the exporter
+@pytest.mark.parametrize("target", installed())
+def test_files_compute_the_same(target: str, tmp_path) -> None:
+    workload = networks()["transformer"]
+    model, _ = compress_model(Recipe((MergePositions(share=1.0),), target), workload)
+    check_export(find(target), model, workload, tmp_path)
