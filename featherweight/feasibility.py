@@ -26,7 +26,7 @@ OF_A_WEIGHT = 5  # times its bytes, when it is trained: teacher, student, gradie
 
 
 def out_of_reach(budget: Budget, original: Baseline, plain: Sequence[Measurement]) -> Iterator[str]:
-    """A sentence for each bound that no candidate can meet.
+    """A sentence for each bound that no candidate can meet, unless it is better than the original.
 
     Args:
         budget: with all bounds.
@@ -37,7 +37,8 @@ def out_of_reach(budget: Budget, original: Baseline, plain: Sequence[Measurement
     if len(before) > 1 and (least := drop_bounds(before, before)[1]) > allowed:
         yield (
             f"max_drop={budget.max_drop}: with {len(before)} examples a drop below {least:.4g} cannot be shown, even "
-            "where none is seen, so only a network with the same outputs will do. Score more examples, or allow more."
+            "where none is seen, so only a network that returns the same, or scores higher, will do. Score more "
+            "examples, or allow more."
         )
     weights = original.measurement.original_parameters
     if budget.max_bytes is not None and budget.max_bytes < (size := weights * LEAST_BITS / 8 * LEFT):
