@@ -472,9 +472,11 @@ def shape_of(facts: Facts, recipe: Recipe) -> Shape | None:
 def _finalists(
     route: Route, tried: Mapping[Shape, Trial], finals: Mapping[Shape, Trial], budget: Budget, count: int
 ) -> list[Shape]:
-    """Shapes to distil for long: `count` that lack least of those that would cost less than the best.
+    """Shapes to distil for long: `count` of those that would cost less than the best.
 
-    Where some of the route did not fit, and smaller ones than the best are among them: halfway between the two.
+    First the cheapest whose mean drop keeps to the budget, so that only certainty lacks; then of those that would cost
+    less still, or where there is none of all, those that lack least. Where a finalist of the route did not fit that is
+    smaller than the best: halfway between the two.
     """
     known = {**tried, **finals}
     fitting = {shape: trial for shape, trial in known.items() if trial.drop_fits(budget)}
@@ -490,7 +492,16 @@ def _finalists(
         for shape, trial in tried.items()
         if shape not in finals and trial.measurement and budget.cost(trial.measurement) < least
     }
-    return sorted(lacking, key=lambda shape: lacking[shape])[:count]
+    costs = {shape: _cost(tried[shape], tried[shape], budget) for shape in lacking}
+    uncertain = [shape for shape in lacking if _keeps_in_the_mean(tried[shape], budget)]
+    first = sorted(uncertain, key=lambda shape: costs[shape])[:1]
+    others = [shape for shape in lacking if all(costs[shape] < costs[one] for one in first)]
+    return [*first, *sorted(others, key=lambda shape: lacking[shape])][:count]
+
+
+def _keeps_in_the_mean(trial: Trial, budget: Budget) -> bool:
+    found = trial.measurement
+    return found is not None and found.drop <= budget.allowed(found.original_score)
 
 
 def _cost(first: Trial, second: Trial, budget: Budget) -> float:

@@ -141,6 +141,18 @@ def test_of_shapes_that_just_failed_the_nearest_two_are_taught_for_long_and_then
     assert best and best.recipe.steps[0].settings()["share"] == 0.2667
 
 
+def test_the_cheapest_whose_mean_keeps_to_the_budget_is_taught_for_long_first():
+    def world(recipe: Recipe) -> Trial:
+        share = recipe.steps[0].settings().get("share", 0.0)
+        drop = 0.004 if share < 0.3 else 0.05
+        upper = drop + (0.007 + 0.01 * share if share else 0.0)
+        return Trial(recipe, measurement(recipe, drop=drop, drop_upper=upper, latency_ms=5 * (1 - share)))
+
+    trials = played(FACTS, Budget(0.01), world)
+    taught = [share for share, length in zip(shares(trials), lengths(trials), strict=True) if length == strategy.LONG]
+    assert taught[:2] == [0.2667, 0.5333]
+
+
 def test_without_norms_the_first_recipe_is_a_plain_export():
     trials = played(dataclasses.replace(FACTS, folds=False), Budget(0.01), World())
     assert trials[0].recipe == Recipe((), TARGET)
