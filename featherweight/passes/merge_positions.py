@@ -35,6 +35,7 @@ from featherweight.surgery import blocks, derive, done, left, matches
 from featherweight.workload import Batch, Workload, call
 
 EXAMPLES = 64  # on which damage is measured
+CLEARLY = 0.8  # times the damage of all in groups: where the first stays alone, as one that stands for the whole must
 ROWS = 3  # of a batch with which it is tried whether a block can be computed so
 FEWEST = 2  # positions in a group
 
@@ -167,9 +168,10 @@ def least_missed(
     """`count` blocks, chosen one after the other by the damage of all so far, and whether the first stays alone."""
     batch = first_examples(workload.calibration, EXAMPLES)
     wanted = floating_outputs(model, batch, "merge_positions")
-    ways = [Groups(size), Groups(size, alone=1)]
-    singly = {way: {name: _damage(model, [name], way, batch, wanted) for name in among} for way in ways}
-    groups = min(singly, key=lambda way: sum(singly[way].values()))
+    all_, first_alone = Groups(size), Groups(size, alone=1)
+    singly = {way: {name: _damage(model, [name], way, batch, wanted) for name in among} for way in (all_, first_alone)}
+    total = {way: sum(lost.values()) for way, lost in singly.items()}
+    groups = first_alone if total[first_alone] < CLEARLY * total[all_] else all_
     chosen: list[str] = []
     while len(chosen) < count:
         others = [name for name in among if name not in chosen]
