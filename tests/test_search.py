@@ -53,6 +53,7 @@ QUICK = [
     ("featherweight.strategy", "TEACHINGS", ("distill_soft",)),
     ("featherweight.strategy", "STORED_TRIALS", 1),
     ("featherweight.strategy", "TAUGHT_TRIALS", 1),
+    ("featherweight.strategy", "LONGER_TRIALS", 0),
     ("featherweight.strategy", "FINALISTS", 0),
     ("featherweight.knobs", "BATCHES", (1, 4)),
     ("featherweight.knobs", "ROUNDS", 3),
@@ -149,7 +150,7 @@ def test_for_throughput_the_network_as_it_is_says_how_many_inputs_are_run_at_onc
     result = _search(tmp_path, Budget(0.05, objective="throughput"))
     assert result.best and result.best.batch in (1, 4) and result.baseline.batch == result.best.batch
     assert {knob.batch for knob in result.knobs} == {1, 4}
-    assert result.budget.cost(result.best) == result.best.latency_ms / result.best.batch
+    assert result.budget.cost(result.best) == 1 / result.best.latency_ratio
     assert "has the largest throughput" in result.explain()
 
 
@@ -201,10 +202,12 @@ def test_while_it_goes_on_the_files_say_what_is_known(finished):
 
 
 def test_it_explains_itself(finished):
-    said = finished[0].explain()
+    result, said = finished[0], finished[0].explain()
     best = in_words(Recipe.from_yaml(finished[0].best.recipe))
     assert f"Accepted: {best} on {TARGET}" in said and "the smallest bytes that keeps to the budget" in said
-    assert "kept to the budget, but is no better" in said
+    taken = {result.best.digest, *(row["digest"] for row in result.rejected)}
+    kept = [found for found in result.frontier if found.digest not in taken]
+    assert said.count("kept to the budget, but is no better") == len(kept)
     assert all(
         re.search(rf"^  {row['layer']}: .*(int|4 bits|folded|left)", said, re.M) for row in finished[0].best.coverage
     )

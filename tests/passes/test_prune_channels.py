@@ -343,8 +343,8 @@ def test_networks_get_smaller_by_about_what_was_asked(name: str, importance: str
 
 def test_widths_are_multiples_and_heads_stay_whole():
     model, coverage = pruned(networks()["transformer"], share=0.5, allocation="uniform", multiple=16)
-    assert model.up.out_features == 32 and model.query.out_features == 16
-    assert ("query", "2 -> 1 heads") in coverage.done
+    assert all(block.up.out_features == 32 and block.query.out_features == 16 for block in model.blocks)
+    assert {("blocks.0.query", "2 -> 1 heads"), ("blocks.1.query", "2 -> 1 heads")} <= set(coverage.done)
 
 
 def test_a_multiple_that_is_too_wide_for_a_layer_is_halved():
