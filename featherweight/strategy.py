@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -46,6 +46,7 @@ STORED_TRIALS = 5  # at most, of the bisection over ways to store weights, as th
 TAUGHT_TRIALS = 3  # at most, of the one over those beyond, distilled
 LONGER_TRIALS = 2  # at most, of those that failed it, distilled for longer
 FINALISTS = 3  # at most, the shapes that are distilled for long, two of them at first
+TOO_MUCH = 3.0  # times the drop that is allowed, in the mean: more than a long distillation makes up for
 WHOLE_FINALISTS = 2  # at most, those of them that have all their weights
 SHORT, LONG = 0.5, 2.0  # how long shapes and finalists are distilled, over `Facts.epochs`
 TEACHINGS = ("distill_soft", "distill_hard", "distill_features")  # of which one is chosen by what it recovers
@@ -472,36 +473,44 @@ def shape_of(facts: Facts, recipe: Recipe) -> Shape | None:
 def _finalists(
     route: Route, tried: Mapping[Shape, Trial], finals: Mapping[Shape, Trial], budget: Budget, count: int
 ) -> list[Shape]:
-    """Shapes to distil for long: `count` of those that would cost less than the best.
+    """Shapes to distil for long, of those that would cost less than the best.
 
-    First the cheapest whose mean drop keeps to the budget, so that only certainty lacks; then of those that would cost
-    less still, or where there is none of all, those that lack least. Where a finalist of the route did not fit that is
-    smaller than the best: halfway between the two.
+    First the cheapest whose mean drop keeps to the budget, so that only certainty lacks. Where a finalist of the route
+    did not fit that is smaller than the best, or all that are smaller lose far too much: halfway to the next of them.
+    Else `count` that lack least.
     """
     known = {**tried, **finals}
     fitting = {shape: trial for shape, trial in known.items() if trial.drop_fits(budget)}
     best = min(fitting, key=lambda shape: _cost(fitting[shape], fitting[shape], budget), default=None)
     points = {shape: point for point, shape in enumerate(route)}
-    beyond = [points[s] for s in finals if best in points and s not in fitting and points.get(s, -1) > points[best]]
-    if best and beyond:
-        halfway = route[(points[best] + min(beyond)) // 2]
-        return [] if halfway in known else [halfway]
+
+    def halfway(shapes: Iterable[Shape]) -> list[Shape]:
+        """Between the best and the next that did not fit; nothing where that was tried."""
+        beyond = [points[s] for s in shapes if best in points and points.get(s, -1) > points[best]]
+        middle = [route[(points[best] + min(beyond)) // 2]] if best and beyond else []
+        return [shape for shape in middle if shape not in known]
+
+    if best in points and any(points.get(s, -1) > points[best] for s in finals if s not in fitting):
+        return halfway(s for s in finals if s not in fitting)
     least = _cost(fitting[best], fitting[best], budget) if best else math.inf
     lacking = {
         shape: budget.excess(trial.measurement)["max_drop"]
         for shape, trial in tried.items()
         if shape not in finals and trial.measurement and budget.cost(trial.measurement) < least
     }
-    costs = {shape: _cost(tried[shape], tried[shape], budget) for shape in lacking}
-    uncertain = [shape for shape in lacking if _keeps_in_the_mean(tried[shape], budget)]
-    first = sorted(uncertain, key=lambda shape: costs[shape])[:1]
-    others = [shape for shape in lacking if all(costs[shape] < costs[one] for one in first)]
-    return [*first, *sorted(others, key=lambda shape: lacking[shape])][:count]
+    if uncertain := [shape for shape in lacking if _mean_over_allowed(tried[shape], budget) <= 1]:
+        return [min(uncertain, key=lambda shape: _cost(tried[shape], tried[shape], budget))]
+    if best in finals and all(_mean_over_allowed(tried[shape], budget) > TOO_MUCH for shape in lacking):
+        return halfway(lacking)
+    return sorted(lacking, key=lambda shape: lacking[shape])[:count]
 
 
-def _keeps_in_the_mean(trial: Trial, budget: Budget) -> bool:
+def _mean_over_allowed(trial: Trial, budget: Budget) -> float:
+    """The mean drop over that which the budget allows."""
     found = trial.measurement
-    return found is not None and found.drop <= budget.allowed(found.original_score)
+    if found is None:
+        return math.inf
+    return found.drop / max(budget.allowed(found.original_score), 1e-9)
 
 
 def _cost(first: Trial, second: Trial, budget: Budget) -> float:

@@ -122,9 +122,8 @@ class Taught(World):
         long = bool(taught) and taught[0] * (1 + 3 * (1 - share)) / 4 > FACTS.epochs
         self.breaks_at = self.short + (self.further if long else 0.0)
         trial = super().__call__(recipe)
-        worse = 0.02 * max(0.0, share - self.breaks_at)
-        found = dataclasses.replace(trial.measurement, drop_upper=trial.measurement.drop_upper + worse)
-        return Trial(recipe, found)
+        drop = min(trial.measurement.drop, 0.02 + 0.02 * max(0.0, share - self.breaks_at))
+        return Trial(recipe, dataclasses.replace(trial.measurement, drop=drop, drop_upper=drop))
 
 
 def test_of_shapes_that_just_failed_the_nearest_two_are_taught_for_long_and_then_a_third():
@@ -145,12 +144,14 @@ def test_the_cheapest_whose_mean_keeps_to_the_budget_is_taught_for_long_first():
     def world(recipe: Recipe) -> Trial:
         share = recipe.steps[0].settings().get("share", 0.0)
         drop = 0.004 if share < 0.3 else 0.05
-        upper = drop + (0.007 + 0.01 * share if share else 0.0)
+        taught = [step.settings()["epochs"] for step in recipe.steps if step.name().startswith("distill_")]
+        is_long = bool(taught) and taught[0] * (1 + 3 * (1 - share)) / 4 > FACTS.epochs
+        upper = drop + (0.007 + 0.01 * share if share and not is_long else 0.0)
         return Trial(recipe, measurement(recipe, drop=drop, drop_upper=upper, latency_ms=5 * (1 - share)))
 
     trials = played(FACTS, Budget(0.01), world)
     taught = [share for share, length in zip(shares(trials), lengths(trials), strict=True) if length == strategy.LONG]
-    assert taught[:2] == [0.2667, 0.5333]
+    assert taught == [0.2667, 0.4, 0.3333]  # what is beyond loses far too much: halfway to it, twice
 
 
 def test_without_norms_the_first_recipe_is_a_plain_export():
