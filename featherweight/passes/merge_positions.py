@@ -213,13 +213,13 @@ def _objection(
         return "has the examples of a batch in the second dimension, not in the first"
     if x.shape[1] <= size:
         return f"reads {x.shape[1]} positions, too few to make groups of"
-    if not _hears_others(block, x, args, named):
-        return "has a first position that does not hear the others, as in decoders, where none may hear later ones"
     try:
+        if not _hears_others(block, x, args, named):
+            return "has a first position that does not hear the others, as in decoders, where none may hear later ones"
         with _merging(model, [name], Groups(size)):
             found = floating_outputs(model, batch, "merge_positions")
-    except Exception as error:  # whatever the user's forward raises: it cannot be computed so
-        return f"raises {type(error).__name__} with groups: {' '.join(str(error).split())[:200]}"
+    except Exception as error:  # whatever the user's forward raises, called by itself or with groups
+        return f"raises {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     before, after = ([tuple(value.shape) for value in values] for values in (wanted, found))
     return "" if before == after else f"makes the network return shapes {after} instead of {before}"
 

@@ -133,12 +133,25 @@ class Picky(Block):
         return super().forward(x + torch.ones(LENGTH, 1), mask)
 
 
+class Remembering(Block):
+    """Raises where it is called with something else than the network gives it, as a block with a cache may."""
+
+    last: Tensor | None = None
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, str]:
+        if self.last is not None and torch.equal(x[:, 1:], -self.last[:, 1:]):
+            raise ValueError("what is this")
+        self.last = x
+        return super().forward(x, mask)
+
+
 @pytest.mark.parametrize(
     ("model", "why"),
     [
         (Stack(Block(causal=True), Block(causal=True)), "does not hear the others"),
         (Second(), "in the second dimension"),
-        (Stack(Picky(), Picky()), "raises RuntimeError with groups"),
+        (Stack(Picky(), Picky()), "raises RuntimeError"),
+        (Stack(Remembering(), Remembering()), "raises ValueError: what is this"),
     ],
 )
 def test_what_may_not_be_merged_is_refused_with_the_reason(model: nn.Module, why: str) -> None:
