@@ -1,8 +1,9 @@
 """Runtime knobs: on how many threads, and with how many inputs at once, an artifact runs best on this machine.
 
 Which of them count depends on what is made small: for latency the threads, for throughput the inputs that are run
-together. Precision hints are no knob here: a target sets them itself, since bfloat16 was never faster where it was
-tried (LOG.md). Several replicas side by side are `parallel`'s affair.
+together. Precision hints are no knob here: a target sets them itself. bfloat16 is slower for some networks and a
+tenth faster for others (LOG.md), but changes outputs, so it would have to be judged, not only timed. Several replicas
+side by side are `parallel`'s affair.
 """
 
 from __future__ import annotations

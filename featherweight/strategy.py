@@ -381,7 +381,7 @@ class _Course:
     teaching: str = TEACHINGS[0]
 
     def taught(self, shapes: Sequence[Shape], length: float) -> Generator[Round, list[Trial], dict[Shape, Trial]]:
-        """What comes of `shapes`, each distilled so long, but for brief trials of those that have all their weights."""
+        """What comes of `shapes`, distilled for `length`; those with all their weights are not when that is short."""
         batch = [self.facts.candidate(self.target, self.numbers, shape, length, self.teaching) for shape in shapes]
         return dict(zip(shapes, (yield batch), strict=True))
 
