@@ -40,6 +40,7 @@ from featherweight.workload import Workload, input_names, load, outputs, predict
 EXAMPLES = Path(__file__).parents[1] / "examples"
 WORKLOADS = ("image", "image_mobile", "text", "speech")
 TRANSFORMERS = ("text", "speech")
+WARM_SECONDS, ROUND_SECONDS = 0.03, 0.15  # of each runner in each round; small networks take a while to be in cache
 
 
 @dataclass(frozen=True)
@@ -212,14 +213,20 @@ def timed(runners: list[Runner], inputs: list[np.ndarray], rounds: int) -> list[
         for place in turn(len(runners), number):
             run = runners[place]
             time.sleep(SETTLE_SECONDS)
-            run(inputs)
-            samples: list[float] = []
-            while len(samples) < 3 or (sum(samples) < 150 and len(samples) < 50):
-                start = time.perf_counter()
-                run(inputs)
-                samples.append((time.perf_counter() - start) * 1e3)
-            found[place].append(samples)
+            _samples(run, inputs, WARM_SECONDS)
+            found[place].append(_samples(run, inputs, ROUND_SECONDS))
     return found
+
+
+def _samples(run: Runner, inputs: list[np.ndarray], seconds: float) -> list[float]:
+    """Latencies in ms, three at least, for so many seconds."""
+    samples: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(samples) < 3 or time.perf_counter() < end:
+        start = time.perf_counter()
+        run(inputs)
+        samples.append((time.perf_counter() - start) * 1e3)
+    return samples
 
 
 def searched(folder: Path, threads: int) -> list[Contender]:

@@ -475,7 +475,8 @@ def _finalists(
 ) -> list[Shape]:
     """Shapes to distil for long, of those that would cost less than the best.
 
-    First the cheapest whose mean drop keeps to the budget, so that only certainty lacks. Where a finalist of the route
+    What comes later on the route costs less, whatever was measured: neighbours differ by less than noise. First the
+    cheapest whose mean drop keeps to the budget, so that only certainty lacks. Where a finalist of the route
     did not fit that is smaller than the best, or all that are smaller lose far too much: halfway to the next of them.
     Else `count` that lack least.
     """
@@ -493,13 +494,20 @@ def _finalists(
     if best in points and any(points.get(s, -1) > points[best] for s in finals if s not in fitting):
         return halfway(s for s in finals if s not in fitting)
     least = _cost(fitting[best], fitting[best], budget) if best else math.inf
+
+    def is_cheaper(shape: Shape, trial: Trial) -> bool:
+        if best in points and shape in points:
+            return points[shape] > points[best]
+        return _cost(trial, trial, budget) < least
+
     lacking = {
         shape: budget.excess(trial.measurement)["max_drop"]
         for shape, trial in tried.items()
-        if shape not in finals and trial.measurement and budget.cost(trial.measurement) < least
+        if shape not in finals and trial.measurement and is_cheaper(shape, trial)
     }
     if uncertain := [shape for shape in lacking if _mean_over_allowed(tried[shape], budget) <= 1]:
-        return [min(uncertain, key=lambda shape: _cost(tried[shape], tried[shape], budget))]
+        cost = {shape: (-points.get(shape, -1), _cost(tried[shape], tried[shape], budget)) for shape in uncertain}
+        return [min(uncertain, key=lambda shape: cost[shape])]
     if best in finals and all(_mean_over_allowed(tried[shape], budget) > TOO_MUCH for shape in lacking):
         return halfway(lacking)
     return sorted(lacking, key=lambda shape: lacking[shape])[:count]

@@ -253,7 +253,7 @@ def test_zeros_round_a_picture_are_added_by_the_convolution(target, edges, tmp_p
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ZeroPad2d(edges), nn.Conv2d(8, 8, 3, stride=2)]
     layers += [nn.ReLU(), nn.Conv2d(8, 8, 1)]
-    x = torch.randn(2, 3, 12, 12)
+    x = torch.randn(2, 3, 40, 40)  # large enough for all operators to take time
     model, workload = in_8_bits(with_uneven_channels(nn.Sequential(*layers)), [(x,)])
     runtime = targets.find(target)
     runtime.export(model, workload, tmp_path)

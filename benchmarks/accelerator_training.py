@@ -1,13 +1,17 @@
-"""Distillation on an XLA device beside the same on the CPU: does it take the same steps?
+"""Distillation on an accelerator beside the same on the CPU: does it take the same steps?
+
+    python benchmarks/accelerator_training.py [--steps 20] [--json out/accelerator_training.json]
+
+On a machine with a GPU that is all. XLA devices want an environment of their own, gigabytes large, for torch_xla, which
+speaks to TPUs, ends at torch 2.9, and the torch of that version comes with CUDA:
 
     python -m venv xla
     xla/bin/pip install torch==2.9.0 torch_xla==2.9.0 accelerate scipy PyYAML safetensors jaxtyping tqdm greenlet
-    PYTHONPATH=. PJRT_DEVICE=CPU xla/bin/python benchmarks/xla_training.py [--steps 20] [--json out/xla_training.json]
+    PYTHONPATH=. PJRT_DEVICE=CPU xla/bin/python benchmarks/accelerator_training.py
 
-torch_xla, which speaks to TPUs, ends at torch 2.9: that is why this wants an environment of its own, gigabytes large,
-for the torch of that version comes with CUDA. With PJRT_DEVICE=TPU it is a test on a TPU, with CPU one of all but the
-TPU: lazy tensors, networks that move to another device and back, and XLA's compiler. The network is a small
-convolutional one with batch norms; a student that lost channels learns from it what noise is to be answered with.
+With PJRT_DEVICE=TPU that is a test on a TPU, with CPU one of all but the TPU: lazy tensors, networks that move to
+another device and back, and XLA's compiler. The network is a small convolutional one with batch norms; a student that
+lost channels learns from it what noise is to be answered with.
 """
 
 from __future__ import annotations
@@ -70,13 +74,11 @@ def taught(steps: int, on: processes.Processes) -> tuple[dict[str, Tensor], list
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--json", type=Path, default=Path("out/xla_training.json"))
+    parser.add_argument("--json", type=Path, default=Path("out/accelerator_training.json"))
     arguments = parser.parse_args()
     there = processes.processes()
-    if there.device.type != processes.XLA:
-        raise SystemExit("There is no XLA device here: see the introduction of this file.")
-    from torch_xla.debug import metrics
-
+    if there.device.type == "cpu":
+        raise SystemExit("There is no accelerator here: see the introduction of this file.")
     here = taught(arguments.steps, processes.ALONE)
     away = taught(arguments.steps, there)
     apart = {
@@ -88,12 +90,15 @@ def main() -> None:
         "device": str(there.device),
         "torch": torch.__version__,
         "losses_cpu": here[1],
-        "losses_xla": away[1],
+        "losses_accelerator": away[1],
         "largest_difference_of_a_tensor": max(apart.values()),
         "seconds_cpu": here[2],
-        "seconds_xla": away[2],
-        "compilations": metrics.metric_data("CompileTime")[0],
+        "seconds_accelerator": away[2],
     }
+    if there.device.type == processes.XLA:
+        from torch_xla.debug import metrics
+
+        row["compilations"] = metrics.metric_data("CompileTime")[0]
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps(row, indent=1))
     print(json.dumps(row, indent=1))
