@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from featherweight.recipe import Recipe
     from featherweight.surgery import Coverage
-    from featherweight.targets import Runner
+    from featherweight.targets import Runner, Target
     from featherweight.workload import Predict, Workload
 
 FORMAT = 1
@@ -69,6 +69,7 @@ CHECKED = 8  # examples on which a file is compared with the network
 VECTOR_OUTPUTS = 4096  # values kept of each output
 WRONG = 0.5  # relative error of outputs that no rounding explains: the export is refused
 TOLERANCE = 0.01  # of an output's largest magnitude: what processors may differ by; whole numbers may not differ
+IN_BFLOAT16 = 0.05  # what they may differ by where some compute in bfloat16 and others, which cannot, in float32
 AGAIN = "Fetch the folder again from where it came, or make it again with `featherweight apply`."
 
 
@@ -179,6 +180,7 @@ def build(
     target = targets.find(recipe.target)
     with _whole_or_nothing(folder, overwrite) as fresh:
         model, coverage = compress_model(recipe, workload, seed, progress)
+        _check_floats(model, target)
         manifest = _manifest(recipe, workload, model, coverage, seed)
         if progress is not None:
             progress(f"export to {recipe.target}")
@@ -369,6 +371,7 @@ def _check_exported(folder: Path, target: str) -> None:
 def _manifest(recipe: Recipe, workload: Workload, model: nn.Module, coverage: Coverage, seed: int) -> dict[str, Any]:
     import torch
 
+    from featherweight.surgery import floats_of
     from featherweight.workload import call, input_names, outputs, tensors
 
     with torch.no_grad():
@@ -387,6 +390,7 @@ def _manifest(recipe: Recipe, workload: Workload, model: nn.Module, coverage: Co
         "parameters": count_parameters(model),
         "int8_layers": _int8_layers(model),
         "export_error": 0.0,
+        "floats": floats_of(model),
         "coverage": coverage.as_rows(),
         "versions": versions,
         "seed": seed,
@@ -422,6 +426,17 @@ def _spec(value: Tensor) -> dict[str, Any]:
             "convert inside the network."
         )
     return {"dtype": dtype, "shape": [None, *value.shape[1:]]}
+
+
+def _check_floats(model: nn.Module, target: Target) -> None:
+    from featherweight.surgery import floats_of
+
+    if (wanted := floats_of(model)) not in target.float_precisions:
+        able = [name for name in targets.installed() if wanted in targets.find(name).float_precisions]
+        raise ExportError(
+            f"{target.name()} cannot be told to compute in {wanted}, as a step of the recipe wants. Leave that step "
+            f"out, or choose a target that can; installed are {', '.join(able) or 'none'}."
+        )
 
 
 def _write_vectors(folder: Path, manifest: dict[str, Any], workload: Workload, model: nn.Module) -> None:
@@ -678,11 +693,12 @@ def _vector_problems(artifact: Artifact, run: Runner) -> list[str]:
     if len(found) != len(wanted):
         return [f"The network returns {len(found)} outputs instead of {len(wanted)}. {AGAIN}"]
     compared = [_difference(_thinned(a), b) for a, b in zip(found, wanted, strict=True)]
+    allowed = IN_BFLOAT16 if artifact.manifest.get("floats") == "bfloat16" else TOLERANCE
     return [
-        f"Output {index} differs from the stored one by {share:.2g} of its largest magnitude, more than {TOLERANCE:g}: "
+        f"Output {index} differs from the stored one by {share:.2g} of its largest magnitude, more than {allowed:g}: "
         f"this machine or runtime computes something else. Do not use the artifact here; make it again on this machine."
         for index, share in enumerate(compared)
-        if not share <= (TOLERANCE if wanted[index].dtype.kind == "f" else 0.0)
+        if not share <= (allowed if wanted[index].dtype.kind == "f" else 0.0)
     ]
 
 

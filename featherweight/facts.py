@@ -44,7 +44,14 @@ def facts_of(workload: Workload, names: Sequence[str]) -> Facts:
         merges=len(mergeable(workload.start, workload)),
         multiples={name: targets.find(name).width_multiple for name in names},
         precision=_precision(kinds),
+        bfloat16=tuple(name for name in names if _computes_in_bfloat16(name)),
     )
+
+
+def _computes_in_bfloat16(target: str) -> bool:
+    """Whether a target can be told to, and this machine's processor does so by itself."""
+    units = set(machine()["features"] or [])
+    return "bfloat16" in targets.find(target).float_precisions and bool(units & {"amx_bf16", "avx512_bf16"})
 
 
 def _precision(kinds: set[type[nn.Module]]) -> str:

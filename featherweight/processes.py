@@ -13,8 +13,9 @@ Accelerate finds devices and processes, and passes tensors between them; only on
 stays a loop. Lightning Fabric does as much, but is made to be given network and optimiser, and wraps the forward of the
 one; losses here read two networks, inner layers and gradients of gradients.
 
-TPUs come with torch_xla, whose last release is for torch 2.9. What it needs was run with that pair and XLA on a CPU
-(`benchmarks/xla_training.py`); neither TPUs nor GPUs were at hand to be tried.
+Distillation was run on a GPU and took the same steps (`benchmarks/accelerator_training.py`, LOG.md); several GPUs were
+not at hand. TPUs come with torch_xla, whose last release is for torch 2.9: what it needs was run with that pair and XLA
+on a CPU, not on a TPU.
 """
 
 from __future__ import annotations

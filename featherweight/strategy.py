@@ -5,7 +5,8 @@ than another: the best target is kept. Where bytes count, weights in 4 to 8 bits
 by layer: the smallest that the budget bears by a bisection along what the damage table predicts, and by another beyond
 it, distilled; what just failed that one is distilled for longer. Where int8 loses too much, int8 with the widest
 ranges, int8 trained by distillation, int8 but for the layers that it harms most, twice as many each time, int8 with
-ranges found while running, and weights alone in 8 bits.
+ranges found while running, and weights alone in 8 bits. Then the best of these with all that stays in floats computed
+in bfloat16, where that can be had.
 
 Then shapes, along routes from the whole network to the smallest. First, where sequences are read, fewer positions:
 shorter sequences, or blocks computed for groups of positions, or both. With the fewest that the budget bears, then,
@@ -70,6 +71,7 @@ class Facts:
         stored: steps that store weights in fewer bits layer by layer, from the least harmful to the smallest, as the
             damage table predicts; where bytes are what is made small.
         precision: in which candidates compute while they are distilled.
+        bfloat16: targets that may be told to compute in it what stays in floats, as this machine can.
         paces: what shapes would cost over what the whole network costs, as the cost table predicts.
         fragile: layers that int8 suffers from most, the worst first; where int8 as a whole loses too much.
     """
@@ -84,6 +86,7 @@ class Facts:
     multiples: Mapping[str, int] = field(default_factory=dict)
     stored: tuple[tuple[Pass, ...], ...] = ()
     precision: str = "float32"
+    bfloat16: tuple[str, ...] = ()
     paces: Mapping[Shape, float] = field(default_factory=dict)
     fragile: tuple[str, ...] = ()
 
@@ -285,7 +288,15 @@ def _numbers(facts: Facts, budget: Budget, target: str, plain: Trial) -> Generat
         tried.append((trial, numbers))
         if trial.drop_fits(budget) and _cost(trial, trial, budget) < _cost(plain, plain, budget):
             break
-    return min(tried, key=lambda item: (not item[0].drop_fits(budget), _cost(item[0], item[0], budget)))[1]
+
+    def best() -> Numbers:
+        return min(tried, key=lambda item: (not item[0].drop_fits(budget), _cost(item[0], item[0], budget)))[1]
+
+    if target in facts.bfloat16 and budget.objective != "bytes":
+        numbers = (*best(), _step("compute_bfloat16"))
+        (trial,) = yield [Recipe(facts.steps(*numbers), target)]
+        tried.append((trial, numbers))
+    return best()
 
 
 def struggling(facts: Facts, budget: Budget, trials: Sequence[Trial]) -> str | None:

@@ -32,6 +32,7 @@ from featherweight.masks import misfit
 from featherweight.workload import Batch, call, like, outputs, tensors
 
 QUANTIZER = "input_quantizer"
+FLOATS = "featherweight_floats"  # an attribute of a network: in what its target is to compute what stays in floats
 OWN_KIND = "featherweight_kind"  # of a class that was derived: the one that its author wrote
 NEVER_CALLED = "is not called on the calibration data, so that nothing is known of its inputs"
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -554,6 +555,16 @@ def thawed(model: nn.Module) -> Iterator[None]:
     finally:
         for encoding in found:
             encoding.freeze()
+
+
+def compute_floats_in(model: nn.Module, precision: str) -> None:
+    """The target is to compute in `precision` what stays in floats; in torch nothing changes."""
+    object.__setattr__(model, FLOATS, precision)
+
+
+def floats_of(model: nn.Module) -> str:
+    """In what the target is to compute what stays in floats."""
+    return str(getattr(model, FLOATS, "float32"))
 
 
 @contextlib.contextmanager

@@ -518,6 +518,18 @@ class TargetContract:
         assert all(kernel.latency_ms >= 0 and kernel.kind and kernel.precision for kernel in kernels)
         assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
+    def test_what_it_returned_stays_as_it_was(self, target: Target, tmp_path: Path) -> None:
+        workload = networks()["mlp"]
+        target.export(workload.model, workload, tmp_path)
+        load = target.load(tmp_path, 1)
+        for size in BATCHES:
+            batch = resized(workload.example, size)
+            inputs = [tensor.numpy() for tensor in tensors(batch)]
+            (first,) = load(inputs)
+            kept, given = first.copy(), [array.copy() for array in inputs]
+            load([array + 1 for array in inputs])
+            assert np.array_equal(first, kept) and all(map(np.array_equal, inputs, given))
+
     def test_names_the_extra_where_its_runtime_is_missing(
         self, target: Target, monkeypatch: pytest.MonkeyPatch
     ) -> None:

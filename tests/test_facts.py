@@ -94,3 +94,12 @@ def test_fingerprint_tells_workloads_apart():
     assert same == known.fingerprint(workload_of(one))
     assert same != known.fingerprint(workload_of(two))
     assert len({same, known.fingerprint(load(str(TINY)))}) == 2
+
+
+@pytest.mark.parametrize("units", [["avx512_bf16"], ["amx_bf16"], ["avx2"], None])
+def test_floats_may_be_computed_in_bfloat16_where_target_and_processor_can(monkeypatch, units):
+    pytest.importorskip("openvino")
+    monkeypatch.setattr(known, "machine", lambda: {"features": units})
+    able = units is not None and "bf16" in units[0]
+    found = known.facts_of(workload_of(nn.Linear(8, 2)), ("torch", "openvino"))
+    assert found.bfloat16 == (("openvino",) if able else ())

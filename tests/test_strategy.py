@@ -224,6 +224,23 @@ def test_the_layers_that_int8_harms_most_stay_in_floats_twice_as_many_each_time(
 STORED = tuple((build("quantize_weights", {"bits": 8 - n, "where": f"layer{n}"}, "here"),) for n in range(6))
 
 
+@pytest.mark.parametrize(
+    ("objective", "saves", "kept"), [("latency", 0.9, True), ("latency", 1.1, False), ("bytes", 0.9, False)]
+)
+def test_the_best_numbers_are_tried_with_floats_in_bfloat16_and_what_is_faster_goes_on(objective, saves, kept):
+    def world(recipe: Recipe) -> Trial:
+        trial, faster = World()(recipe), "compute_bfloat16" in in_words(recipe)
+        ratio = trial.measurement.latency_ratio / (saves if faster else 1.0)
+        return Trial(recipe, dataclasses.replace(trial.measurement, latency_ratio=ratio))
+
+    facts = dataclasses.replace(FACTS, bfloat16=(TARGET,))
+    trials = played(facts, Budget(0.01, objective=objective), world)
+    with_it = [index for index, trial in enumerate(trials) if "compute_bfloat16" in in_words(trial.recipe)]
+    assert with_it == (list(range(2, len(trials))) if kept else [2] if objective == "latency" else [])
+    if with_it:
+        assert words(trials)[2] == f"fold_batchnorm + quantize_static + compute_bfloat16 on {TARGET}"
+
+
 @pytest.mark.parametrize("last", range(-1, 6))
 def test_for_bytes_the_smallest_ways_to_store_that_the_budget_bears_are_found_by_bisection(last):
     """Of six ways, from the least harmful to the smallest, those up to `last` fit the budget.

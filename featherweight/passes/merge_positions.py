@@ -7,6 +7,12 @@ sum of their exponentials). Which blocks are treated is decided as in `drop_laye
 which the outputs change least. Blocks whose positions do not hear later ones are left, for in a group the first would
 hear the others; so are those that read no sequences.
 
+So is what another part of a network hands over, as an encoder does to a decoder: the outermost module that reads it
+beside its own input reads groups, and whatever attends to it inside does with so many fewer.
+
+Blocks that follow each other share one merging and one spreading, for P U is the identity: of x + U(f(Px) − Px) the
+next block reads P x + (f(Px) − Px) = f(Px), as it was computed.
+
 Source: Bolya, Fu, Dai, Zhang, Feichtenhofer, Hoffman 2022, arXiv:2210.09461, for merged tokens that count as often as
 they stand for (equation 1); Bolya, Hoffman 2023, arXiv:2303.17604, for merging before and unmerging after each block.
 Groups are of neighbours here, not of those that are most alike: which these are is not known before the network runs,
@@ -17,8 +23,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import torch
@@ -34,7 +40,8 @@ from featherweight.settings import Range
 from featherweight.surgery import blocks, derive, done, left, matches
 from featherweight.workload import Batch, Workload, call
 
-EXAMPLES = 64  # on which damage is measured
+EXAMPLES = 64  # on which damage is measured, at most
+VALUES = 1 << 24  # of outputs, at most, with which it is
 CLEARLY = 0.8  # times the damage of all in groups: where the first stays alone, as one that stands for the whole must
 ROWS = 3  # of a batch with which it is tried whether a block can be computed so
 FEWEST = 2  # positions in a group
@@ -104,30 +111,73 @@ class Groups:
 # ------------------------------------------------------------------------------------------------ the pass
 
 
+@dataclass(frozen=True)
+class Trail:
+    """How a sequence came about: `start` plus what blocks made of `before`, its groups, which is `now`."""
+
+    groups: Groups
+    start: Float[Tensor, "n length features"]
+    before: Float[Tensor, "n groups features"]
+    now: Float[Tensor, "n groups features"]
+
+
+PASS = "merge_positions"  # in messages
+TRAIL = "_trail_of_positions"  # an attribute of the tensor that a merged block returns
+
+
 class Merging(nn.Module):
     """Put before a block's own class: computes the block for groups of positions."""
 
     position_groups: Groups
 
     def forward(self, *args: Any, **named: Any) -> Any:
-        x = next(iter((*args, *named.values())))
-        merged = self.position_groups.merged(x, 1)
+        x: Any = next(iter((*args, *named.values())))
+        groups = self.position_groups
+        trail = getattr(x, TRAIL, None)
+        if trail is None or trail.groups != groups:
+            merged = groups.merged(x, 1)
+            trail = Trail(groups, x, merged, merged)
 
         def shortened(value: Any) -> Any:
-            return merged if value is x else self.position_groups.merged_beside(value, x.shape[1])
+            return trail.now if value is x else groups.merged_beside(value, x.shape[1])
 
-        result = super().forward(*tree_map(shortened, args), **tree_map(shortened, named))
-        first, *others = result if isinstance(result, tuple) else (result,)
-        y = x + self.position_groups.spread(first - merged, x.shape[1])
+        result: Any = super().forward(*tree_map(shortened, args), **tree_map(shortened, named))
+        first, others = (result[0], result[1:]) if isinstance(result, tuple) else (result, ())
+        y = trail.start + groups.spread(first - trail.before, x.shape[1])
+        setattr(y, TRAIL, replace(trail, now=first))
         return (y, *others) if isinstance(result, tuple) else y
+
+
+class Reading(nn.Module):
+    """Put before a module's own class: merges the positions of what it reads beside its own input."""
+
+    position_groups: Groups
+
+    def forward(self, *args: Any, **named: Any) -> Any:
+        first: Any = next(iter((*args, *named.values())))
+        length = memory_length(args, named)
+
+        def shortened(value: Any) -> Any:
+            return value if value is first else self.position_groups.merged_beside(value, length)
+
+        return super().forward(*tree_map(shortened, args), **tree_map(shortened, named))
+
+
+def memory_length(args: Any, named: Any) -> int:
+    """The positions of the first sequence (n, length, features) beside the first argument; 0 where there is none."""
+    values = [*args, *named.values()]
+    first = values[0] if values else None
+    sequences = [v for v in values if isinstance(v, Tensor) and v.dim() == 3 and v is not first]
+    own = first.shape[1] if isinstance(first, Tensor) and first.dim() > 1 else None
+    return next((v.shape[1] for v in sequences if v.is_floating_point() and v.shape[1] != own), 0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergePositions(Pass):
-    """Computes the blocks that bear it best for groups of positions; `where` names blocks.
+    """Computes the blocks that bear it best for groups of positions; `where` names blocks, and readers of sequences.
 
     Args:
-        share: of the blocks that can be computed so, to the nearest whole number, one at least.
+        share: of the blocks and readers that can be treated so, to the nearest whole number, one at least.
         size: of a group.
     """
 
@@ -135,93 +185,124 @@ class MergePositions(Pass):
     size: Annotated[int, Range(FEWEST, 16)] = 2
 
     def apply(self, model: nn.Module, workload: Workload) -> nn.Module:
-        objections = _objections(model, workload, self.where, self.size)
-        found = [name for name, why in objections.items() if not why]
-        if not found:
+        ways, objections = _candidates(model, workload, self.where, self.size)
+        if not ways:
             reasons = [f"{name!r} {why}" for name, why in objections.items()][:3]
             none = "there is no nn.ModuleList or nn.Sequential of alike blocks among what it chooses"
             raise LayerError(
                 f"where={self.where!r} chooses no block of {type(model).__name__} that {self.name()} can treat: "
                 f"{'; '.join(reasons) or none}. Leave this step out."
             )
-        count = max(1, round(self.share * len(found)))
-        chosen, groups = least_missed(model, found, count, self.size, workload)
-        for name, why in objections.items():
+        count = max(1, round(self.share * len(ways)))
+        chosen, groups = least_missed(model, ways, count, self.size, workload)
+        for name, way in ways.items():
             if name in chosen:
+                does = "is computed for" if way is Merging else "reads"
                 first = ", the first by itself" if groups.alone else ""
-                done(name, f"is computed for groups of {self.size} positions{first}")
+                done(name, f"{does} groups of {self.size} positions{first}")
+                _merge(model.get_submodule(name), way, groups)
             else:
-                left(name, why or "matters too much for the share that was asked for")
-        for name in chosen:
-            _merge(model.get_submodule(name), groups)
+                left(name, "matters too much for the share that was asked for")
+        for name, why in objections.items():
+            left(name, why)
         return model
 
 
 def mergeable(model: nn.Module, workload: Workload) -> list[str]:
-    """The names of the blocks that can be computed for groups of positions."""
-    return [name for name, why in _objections(model, workload, "*", FEWEST).items() if not why]
+    """The names of the blocks that can be computed for groups of positions, and of readers that can read such."""
+    return list(_candidates(model, workload, "*", FEWEST)[0])
 
 
-def least_missed(
-    model: nn.Module, among: Sequence[str], count: int, size: int, workload: Workload
-) -> tuple[list[str], Groups]:
-    """`count` blocks, chosen one after the other by the damage of all so far, and whether the first stays alone."""
-    batch = first_examples(workload.calibration, EXAMPLES)
-    wanted = floating_outputs(model, batch, "merge_positions")
+Ways = Mapping[str, type[nn.Module]]  # by name what is put before a module's class: Merging or Reading
+
+
+def least_missed(model: nn.Module, among: Ways, count: int, size: int, workload: Workload) -> tuple[list[str], Groups]:
+    """`count` modules, chosen one after the other by the damage of all so far, and whether the first stays alone."""
+    values = sum(value[0].numel() for value in floating_outputs(model, first_examples(workload.calibration, 1), PASS))
+    batch = first_examples(workload.calibration, max(ROWS, min(EXAMPLES, VALUES // values)))
+    wanted = floating_outputs(model, batch, PASS)
     all_, first_alone = Groups(size), Groups(size, alone=1)
-    singly = {way: {name: _damage(model, [name], way, batch, wanted) for name in among} for way in (all_, first_alone)}
+
+    def lost_by(names: Sequence[str], groups: Groups) -> float:
+        with _merging(model, {name: among[name] for name in names}, groups):
+            lost = damage(floating_outputs(model, batch, PASS), wanted)
+        return lost if lost == lost else math.inf
+
+    singly = {way: {name: lost_by([name], way) for name in among} for way in (all_, first_alone)}
     total = {way: sum(lost.values()) for way, lost in singly.items()}
     groups = first_alone if total[first_alone] < CLEARLY * total[all_] else all_
-    chosen: list[str] = []
+    chosen = list(among) if count == len(among) else []
     while len(chosen) < count:
         others = [name for name in among if name not in chosen]
-        lost = {name: _damage(model, [*chosen, name], groups, batch, wanted) for name in others if chosen}
-        lost = lost or singly[groups]
+        lost = {name: lost_by([*chosen, name], groups) for name in others if chosen} or singly[groups]
         chosen.append(min(lost, key=lambda name: lost[name]))
     return chosen, groups
 
 
-def _damage(model: nn.Module, names: Sequence[str], groups: Groups, batch: Batch, wanted: Sequence[Tensor]) -> float:
-    with _merging(model, names, groups):
-        lost = damage(floating_outputs(model, batch, "merge_positions"), wanted)
-    return lost if lost == lost else math.inf
-
-
-def _objections(model: nn.Module, workload: Workload, where: str, size: int) -> dict[str, str]:
-    """By block that `where` chooses, why it cannot be computed for groups; empty where it can."""
+def _candidates(model: nn.Module, workload: Workload, where: str, size: int) -> tuple[Ways, dict[str, str]]:
+    """What of that which `where` chooses can be treated, and how; and why the others cannot."""
     batch = first_examples(workload.calibration, ROWS)
-    wanted = floating_outputs(model, batch, "merge_positions")
-    names = [block.name for block in blocks(model) if matches(block.name, where)]
-    with watch_calls(model, names) as calls, torch.no_grad():
+    wanted = [tuple(value.shape) for value in floating_outputs(model, batch, PASS)]
+    with watch_calls(model, [name for name, _ in model.named_modules() if name]) as calls, torch.no_grad():
         call(model, batch)
-    return {name: _objection(model, name, calls.get(name), size, batch, wanted) for name in names}
+    ways: dict[str, type[nn.Module]] = {block.name: Merging for block in blocks(model)}
+    ways |= dict.fromkeys(_readers(calls), Reading)
+    objections = {}
+    for name, way in ways.items():
+        if matches(name, where):
+            objections[name] = _objection(model, name, way, calls.get(name), size) or _misfit(
+                model, name, way, size, batch, wanted
+            )
+    return {name: ways[name] for name, why in objections.items() if not why}, {n: w for n, w in objections.items() if w}
 
 
-def _objection(
-    model: nn.Module, name: str, called: Arguments | None, size: int, batch: Batch, wanted: Sequence[Tensor]
-) -> str:
-    block = model.get_submodule(name)
-    if isinstance(block, Merging):
+def _readers(calls: Mapping[str, Arguments]) -> list[str]:
+    """The outermost modules that read a sequence beside their own input."""
+    found = [name for name, (args, named) in calls.items() if memory_length(args, named)]
+    return [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
+
+
+def _objection(model: nn.Module, name: str, way: type[nn.Module], called: Arguments | None, size: int) -> str:
+    """Why what a module reads speaks against treating it; empty where nothing does."""
+    module = model.get_submodule(name)
+    if isinstance(module, (Merging, Reading)):
         return "is computed for groups already"
     if called is None:
         return "is not called"
     args, named = called
-    x = next(iter((*args, *named.values())), None)
-    if not isinstance(x, Tensor) or x.dim() != 3 or not x.is_floating_point():
+    x: Any = next(iter((*args, *named.values())), None)
+    if way is Reading:
+        length = memory_length(args, named)
+    elif not isinstance(x, Tensor) or x.dim() != 3 or not x.is_floating_point():
         return "reads no sequence of vectors (n, length, features)"
-    if x.shape[1] == ROWS != x.shape[0]:
+    elif x.shape[1] == ROWS != x.shape[0]:
         return "has the examples of a batch in the second dimension, not in the first"
-    if x.shape[1] <= size:
-        return f"reads {x.shape[1]} positions, too few to make groups of"
+    else:
+        length = x.shape[1]
+    if length <= size:
+        return f"reads {length} positions, too few to make groups of"
     try:
-        if not _hears_others(block, x, args, named):
-            return "has a first position that does not hear the others, as in decoders, where none may hear later ones"
-        with _merging(model, [name], Groups(size)):
-            found = floating_outputs(model, batch, "merge_positions")
-    except Exception as error:  # whatever the user's forward raises, called by itself or with groups
-        return f"raises {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    before, after = ([tuple(value.shape) for value in values] for values in (wanted, found))
-    return "" if before == after else f"makes the network return shapes {after} instead of {before}"
+        if way is Reading or _hears_others(module, x, args, named):
+            return ""
+    except Exception as error:  # whatever the user's forward raises, called by itself
+        return _raised(error)
+    return "has a first position that does not hear the others, as in decoders, where none may hear later ones"
+
+
+def _misfit(
+    model: nn.Module, name: str, way: type[nn.Module], size: int, batch: Batch, wanted: Sequence[tuple[int, ...]]
+) -> str:
+    """What goes wrong where a module is treated; empty where nothing does."""
+    try:
+        with _merging(model, {name: way}, Groups(size)):
+            found = [tuple(value.shape) for value in floating_outputs(model, batch, PASS)]
+    except Exception as error:  # whatever the user's forward raises with groups
+        return _raised(error)
+    return "" if found == wanted else f"makes the network return shapes {found} instead of {wanted}"
+
+
+def _raised(error: Exception) -> str:
+    return f"raises {type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _hears_others(block: nn.Module, x: Tensor, args: Any, named: Any) -> bool:
@@ -237,21 +318,21 @@ def _hears_others(block: nn.Module, x: Tensor, args: Any, named: Any) -> bool:
         return not torch.allclose(first_position(x), first_position(other), rtol=1e-4, atol=1e-6)
 
 
-def _merge(block: nn.Module, groups: Groups) -> None:
-    derive(block, Merging)
-    block.position_groups = groups  # type: ignore[assignment]
+def _merge(module: nn.Module, way: type[nn.Module], groups: Groups) -> None:
+    derive(module, way)
+    module.position_groups = groups  # type: ignore[assignment]
 
 
 @contextlib.contextmanager
-def _merging(model: nn.Module, names: Sequence[str], groups: Groups) -> Iterator[None]:
-    """Inside the block, the named ones are computed for groups."""
-    found = [model.get_submodule(name) for name in names]
-    classes = [type(block) for block in found]
+def _merging(model: nn.Module, ways: Ways, groups: Groups) -> Iterator[None]:
+    """Inside the block, the named modules are treated."""
+    found = [(model.get_submodule(name), way) for name, way in ways.items()]
+    classes = [type(module) for module, _ in found]
     try:
-        for block in found:
-            _merge(block, groups)
+        for module, way in found:
+            _merge(module, way, groups)
         yield
     finally:
-        for block, kind in zip(found, classes, strict=True):
-            block.__class__ = kind
-            del block.position_groups
+        for (module, _), kind in zip(found, classes, strict=True):
+            module.__class__ = kind
+            del module.position_groups

@@ -46,6 +46,7 @@ class Target(ABC):
     requires: tuple[str, ...] = ()
     extra: str = ""
     width_multiple: int = 8  # channel counts that are a multiple of this run well
+    float_precisions: tuple[str, ...] = ("float32",)  # in which it can be told to compute what stays in floats
     # How far an exported network may be from the torch module, as the norm of the difference over that of the outputs.
     # Floats agree to 1e-5; where values are rounded to bytes, a last bit decides now and then on which side one falls.
     tolerance: float = 0.01

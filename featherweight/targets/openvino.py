@@ -3,8 +3,8 @@
 What this runtime wants, measured (see LOG.md): quantized inputs and weights are enough for int8 kernels, but a
 rounding that only some readers of a tensor see runs by itself, so additions between quantized layers are rounded too
 (`onnx_pairs`); fixed shapes run faster than free ones, so a network is compiled once for each of the first few shapes
-it meets. Floats run as fp32: bf16, which the runtime would choose by itself on some processors, is slower without
-matrix units and changes results.
+it meets. Floats run as fp32 unless `compute_bfloat16` was among the steps, which the file then says: bf16, which the
+runtime would choose by itself on some processors, changes results, and makes some networks slower.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from featherweight.workload import Workload
 
 NO_BIAS = 1e-20  # zeros would be optimised away
+FLOATS = ["featherweight", "floats"]  # where the graph says in what it computes floats, if not in fp32
 SHAPES_COMPILED = 4  # one static network each; what comes after runs on one network with free shapes
 
 
@@ -34,6 +35,7 @@ class OpenVINO(Target):
 
     requires = ("openvino", "onnx", "onnxscript")
     extra = "openvino"
+    float_precisions = ("float32", "bfloat16")
     width_multiple = 64  # tiles of AMX are 64 bytes wide; not compared on processors without it
     tolerance = 0.05  # it rounds the tensors between quantized layers too, and the inputs of layers with coded weights
 
@@ -41,6 +43,7 @@ class OpenVINO(Target):
         import onnx_ir
 
         from featherweight.onnx_graph import to_onnx
+        from featherweight.surgery import floats_of
 
         ov = _openvino()
         graph = to_onnx(model, workload)
@@ -57,6 +60,8 @@ class OpenVINO(Target):
             ) from error
         for port, value in zip(network.inputs, proto.graph.input, strict=True):
             port.get_tensor().set_names({value.name})
+        if floats_of(model) == "bfloat16":
+            network.set_rt_info("bf16", FLOATS)
         ov.save_model(network, folder / "model.xml", compress_to_fp16=False)
 
     def load(self, folder: Path, threads: int) -> Runner:
@@ -205,6 +210,7 @@ def _dynamic(compiled: Any) -> Runner:
 def _compiled(network: Any, shapes: tuple[tuple[int, ...], ...], threads: int, **more: Any) -> Any:
     """`network` compiled for these input shapes, or for free ones where there are none."""
     ov = _openvino()
+    hint = "bf16" if network.has_rt_info(FLOATS) else "f32"  # nothing but these, whatever the file says
     if _joins_rows(network):
         more["SNIPPETS_MODE"] = "DISABLE"
     if shapes:
@@ -214,7 +220,7 @@ def _compiled(network: Any, shapes: tuple[tuple[int, ...], ...], threads: int, *
         network,
         "CPU",
         {
-            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_PRECISION_HINT": hint,
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": 1,
             "PERFORMANCE_HINT": "LATENCY",

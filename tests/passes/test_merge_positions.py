@@ -96,7 +96,7 @@ def test_the_blocks_that_matter_least_are_chosen_and_the_way_that_harms_less() -
     assert [why for _, why in coverage.left] == ["matters too much for the share that was asked for"] * 2
     x = torch.randn(16, LENGTH // 2, WIDTH).repeat_interleave(2, 1)
     shifted = made(workload.model, torch.cat([torch.randn(16, 1, WIDTH), x], 1)[:, :LENGTH])
-    assert least_missed(shifted.model, ["blocks.0"], 1, 2, shifted) == (["blocks.0"], Groups(2, alone=1))
+    assert least_missed(shifted.model, {"blocks.0": Merging}, 1, 2, shifted) == (["blocks.0"], Groups(2, alone=1))
 
 
 def test_classes_and_names_stay_and_copies_go_their_own_way() -> None:
@@ -175,3 +175,86 @@ def test_files_compute_the_same(target: str, tmp_path) -> None:
     workload = networks()["transformer"]
     model, _ = compress_model(Recipe((MergePositions(share=1.0),), target), workload)
     check_export(find(target), model, workload, tmp_path)
+
+
+def test_blocks_that_follow_each_other_are_merged_once_and_compute_what_they_would_alone() -> None:
+    torch.manual_seed(0)
+    workload = made(Stack(*(Block() for _ in range(4)), kind="added"))
+    model, _ = compress_model(Recipe((MergePositions(share=1.0),), "torch"), workload)
+    merged: list[int] = []
+    whole = Groups.merged
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Groups, "merged", lambda g, x, d, how="mean": merged.append(x.dim()) or whole(g, x, d, how))
+        together = outputs(model, workload)
+        assert merged.count(3) == 1
+        for block in model.blocks:  # what another module hands on has no trail
+            block.register_forward_hook(lambda _, __, result: (result[0].clone(), *result[1:]))
+        torch.testing.assert_close(outputs(model, workload), together)
+        assert merged.count(3) == 5
+
+
+class Reader(nn.Module):
+    """(n, t, WIDTH), (n, s, WIDTH) and a mask (1, s) that is added: attention to the second sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ask, self.tell = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2 * WIDTH)
+
+    def forward(self, x: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
+        k, v = self.tell(memory).unsqueeze(1).chunk(2, -1)
+        return x + F.scaled_dot_product_attention(self.ask(x).unsqueeze(1), k, v, attn_mask=mask).squeeze(1)
+
+
+class Readers(nn.Module):
+    """(n, t, WIDTH) and (n, s, WIDTH) to the former's like, by two readers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Reader() for _ in range(2))
+
+    def forward(self, x: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, memory, mask)
+        return x
+
+
+class Translator(nn.Module):
+    """(n, t, WIDTH) and (n, s, WIDTH) to the former's like: blocks for the second, which readers attend to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.ModuleList(Block() for _ in range(2)), Readers()
+
+    def forward(self, x: Tensor, heard: Tensor) -> Tensor:
+        for block in self.encoder:
+            heard, _ = block(heard)
+        return self.decoder(x, heard, torch.zeros(1, heard.shape[1]))
+
+
+def translating(x: Tensor, heard: Tensor) -> Workload:
+    return Workload(Translator().eval(), (x[:2], heard[:2]), [(x, heard)], score=lambda predict: 0.0)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the exporter
+def test_what_another_part_hands_over_is_read_in_groups(tmp_path) -> None:
+    torch.manual_seed(0)
+    x, heard = torch.randn(6, 5, WIDTH), torch.randn(6, LENGTH // 2, WIDTH).repeat_interleave(2, 1)
+    workload = translating(x, heard)
+    assert mergeable(workload.model, workload) == ["encoder.0", "encoder.1", "decoder"]
+    recipe = Recipe((MergePositions(share=1.0, where="decoder"),), "torch")
+    model, coverage = compress_model(recipe, workload)
+    assert coverage.done == [("decoder", "reads groups of 2 positions")] and kind_of(model.decoder) is Readers
+    lengths: list[int] = []
+    model.decoder.layers[1].tell.register_forward_hook(lambda _, args, __: lengths.append(args[0].shape[1]))
+    torch.testing.assert_close(outputs(model, workload), outputs(workload.model, workload), rtol=1e-4, atol=1e-5)
+    assert lengths == [LENGTH // 2]
+    everything, _ = compress_model(Recipe((MergePositions(share=1.0),), "torch"), workload)
+    for target in installed():
+        folder = tmp_path / target
+        folder.mkdir()
+        check_export(find(target), everything, workload, folder)
+
+
+def test_a_sequence_as_long_as_the_own_one_may_be_anything_and_is_left() -> None:
+    x = torch.randn(6, LENGTH, WIDTH)
+    assert mergeable((workload := translating(x, x + 1)).model, workload) == ["encoder.0", "encoder.1"]

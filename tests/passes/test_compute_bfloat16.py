@@ -1,0 +1,69 @@
+"""Floats computed in bfloat16: the file says so, its runtime does so, and what cannot is refused."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from featherweight.artifact import build, open_artifact, verify
+from featherweight.errors import ExportError, LayerError
+from featherweight.measure import machine
+from featherweight.passes.compute_bfloat16 import ComputeBfloat16
+from featherweight.passes.quantize_static import QuantizeStatic
+from featherweight.recipe import Recipe, compress_model
+from featherweight.surgery import floats_of
+from featherweight.testing import networks
+from featherweight.workload import call
+
+
+def test_in_torch_nothing_changes_but_what_the_target_is_told() -> None:
+    workload = networks()["transformer"]
+    model, coverage = compress_model(Recipe((ComputeBfloat16(),), "openvino"), workload)
+    assert floats_of(model) == "bfloat16" and floats_of(workload.model) == "float32"
+    assert {what for _, what in coverage.done} == {"is computed in bfloat16 where it is computed in floats"}
+    with torch.no_grad():
+        assert torch.equal(call(model, workload.example), call(workload.model, workload.example))
+
+
+def test_a_part_of_a_network_is_refused() -> None:
+    with pytest.raises(LayerError, match=r"is for the whole network.*Leave `where` out"):
+        compress_model(Recipe((ComputeBfloat16(where="blocks.0.*"),), "openvino"), networks()["transformer"])
+
+
+def test_a_target_that_cannot_refuses_and_names_one_that_can(tmp_path) -> None:
+    pytest.importorskip("openvino")
+    with pytest.raises(ExportError, match=r"torch cannot be told to compute in bfloat16.*installed are .*openvino"):
+        build(Recipe((ComputeBfloat16(),), "torch"), networks()["mlp"], tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("steps", [(), (QuantizeStatic(),)])
+def test_the_file_says_so_and_the_runtime_does_so_where_the_processor_can(steps, tmp_path) -> None:
+    pytest.importorskip("openvino")
+    workload = networks()["transformer"]
+    exact = build(Recipe(steps, "openvino"), workload, tmp_path / "exact")
+    told = build(Recipe((*steps, ComputeBfloat16()), "openvino"), workload, tmp_path / "told")
+    assert (exact.manifest["floats"], told.manifest["floats"]) == ("float32", "bfloat16")
+    assert told.bytes < 1.02 * exact.bytes and verify(tmp_path / "told") == []
+    a, b = (call(artifact.predict(), workload.calibration[0]) for artifact in (exact, told))
+    assert isinstance(a, Tensor) and isinstance(b, Tensor)
+    off = float((a - b).norm() / a.norm())
+    able = {"avx512_bf16", "amx_bf16"} & set(machine()["features"] or [])
+    assert 1e-5 < off < 0.03 if able else off < 1e-5
+
+
+def test_where_a_processor_computes_in_floats_after_all_more_may_differ(tmp_path) -> None:
+    pytest.importorskip("openvino")
+    artifact = build(Recipe((ComputeBfloat16(),), "openvino"), networks()["mlp"], tmp_path / "a")
+    run = artifact.load()
+    inputs = [np.random.default_rng(0).standard_normal((2, 16), dtype=np.float32)]
+    assert np.isfinite(run(inputs)[0]).all()
+    manifest = tmp_path / "a" / "manifest.json"
+    told = json.loads(manifest.read_text())
+    told["floats"] = ["strange"]  # whatever else stands there means nothing
+    manifest.write_text(json.dumps(told))
+    assert open_artifact(tmp_path / "a").target == "openvino" and verify(tmp_path / "a") == []
