@@ -3,8 +3,8 @@
     python benchmarks/random_recipes.py out/search/image-latency-0.01 examples/image.py [--count 50] [--seed 0]
         [--folder out/random_recipes] [--json out/random_recipes.json]
 
-Each recipe removes a random share of the channels and a random number of blocks (one in four removes nothing), is
-distilled for as long as shapes or as finalists of the search are, in one of its three ways, and turned to numbers in
+Each recipe removes a random share of the channels, a random number of blocks, and where sequences are read positions, or
+computes blocks for groups of them (one in four does nothing of all that), is distilled for as long as shapes or as finalists of the search are, in one of its three ways, and turned to numbers in
 one of its ways; all on the target of the search's best. Each is measured as a trial is. It beats the search where it
 keeps to the budget and costs less than the best by more than noise, and beats the frontier where no point of it is as
 cheap and as good, noise granted: for latency two interval widths of the ratio, for the drop what its bound lies above
@@ -21,12 +21,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from featherweight import passes
 from featherweight.artifact import build
 from featherweight.errors import FeatherweightError
 from featherweight.facts import facts_of
 from featherweight.measure import Baseline, Measurement, measure
 from featherweight.recipe import Recipe
-from featherweight.strategy import LARGEST_SHARE, LONG, SHORT, TEACHINGS, Facts, Shape, rungs_of
+from featherweight.strategy import LARGEST_SHARE, LONG, SHORT, SHORTEST, TEACHINGS, Facts, Shape, rungs_of
 from featherweight.trials import Budget
 from featherweight.workload import Workload, load
 
@@ -49,10 +50,17 @@ def drawn(facts: Facts, target: str, count: int, seed: int) -> Iterator[Recipe]:
     """Different recipes, the same ones for a seed."""
     rng, seen = random.Random(seed), set()
     ways = [(), *rungs_of(facts), *facts.stored]
+    if target in facts.bfloat16:
+        ways += [(*way, passes.build("compute_bfloat16", {}, "this benchmark")) for way in ways]
     while len(seen) < count:
         numbers, teaching = rng.choice(ways), rng.choice(TEACHINGS)
         share = round(rng.uniform(0.05, LARGEST_SHARE), 2)
-        shape = Shape(share, rng.randrange(facts.blocks) if facts.blocks > 1 and rng.random() < 0.5 else 0)
+        shape = Shape(
+            share * (rng.random() < 0.75 or not (facts.truncates or facts.merges)),
+            rng.randrange(facts.blocks) if facts.blocks > 1 and rng.random() < 0.5 else 0,
+            round(rng.uniform(0.05, SHORTEST), 2) if facts.truncates and rng.random() < 0.5 else 0.0,
+            rng.randint(0, 2 * facts.merges) if rng.random() < 0.5 else 0,
+        )
         length = rng.choice((SHORT, LONG))
         plain = Recipe(facts.steps(*numbers), target)
         recipe = plain if rng.random() < 0.25 else facts.candidate(target, numbers, shape, length, teaching)

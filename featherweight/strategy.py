@@ -2,8 +2,8 @@
 
 Three rungs, cheapest first. The network as it is on every target, and whole in int8 on those that are not far slower
 than another: the best target is kept. Where bytes count, weights in 4 to 8 bits, as shared values or in factors, layer
-by layer: the smallest that the budget bears by a bisection along what the damage table predicts, and by another beyond
-it, distilled; what just failed that one is distilled for longer. Where int8 loses too much, int8 with the widest
+by layer: the smallest that the budget bears, by thirds along what the damage table predicts, and by thirds beyond it,
+distilled; what just failed that is distilled for longer. Where int8 loses too much, int8 with the widest
 ranges, int8 trained by distillation, int8 but for the layers that it harms most, twice as many each time, int8 with
 ranges found while running, and weights alone in 8 bits. Then the best of these with all that stays in floats computed
 in bfloat16, where that can be had.
@@ -43,9 +43,9 @@ COMPARED = (
     0.7  # of what the whole network costs: where routes are compared, and those that fit there again at its square
 )
 ROUNDS = 2  # of two shapes each: of channels alone the share is found to LARGEST_SHARE / 3**2
-STORED_TRIALS = 5  # at most, of the bisection over ways to store weights, as they are
-TAUGHT_TRIALS = 3  # at most, of the one over those beyond, distilled
-LONGER_TRIALS = 2  # at most, of those that failed it, distilled for longer
+STORED_ROUNDS = 3  # of two trials each, at most, over ways to store weights, as they are
+TAUGHT_ROUNDS = 2  # at most, over those beyond, distilled
+LONGER_TRIALS = 2  # at most, of those that failed there, distilled for longer
 FINALISTS = 3  # at most, the shapes that are distilled for long, two of them at first
 TOO_MUCH = 3.0  # times the drop that is allowed, in the mean: more than a long distillation makes up for
 WHOLE_FINALISTS = 2  # at most, those of them that have all their weights
@@ -314,32 +314,25 @@ def _few_bits(facts: Facts, budget: Budget, target: str) -> Generator[Round, lis
     """Ways to store each layer, the smallest that the budget bears: as they are, then distilled, which goes further."""
     tried: list[tuple[Trial, Numbers]] = []
 
-    def fitting(ways: Sequence[Numbers], first: int, most: int) -> Generator[Round, list[Trial], int]:
-        """The last of `ways` that fits, by a bisection that begins with the one numbered `first`; `most` trials."""
-        fits, breaks, index = -1, len(ways), first
-        for _ in range(most):
-            (trial,) = yield [Recipe(facts.steps(*ways[index]), target)]
-            tried.append((trial, ways[index]))
-            fits, breaks = (index, breaks) if trial.drop_fits(budget) else (fits, index)
-            if fits + 1 >= breaks:
-                break
-            index = (fits + breaks) // 2
-        return fits
+    def fitting(ways: Sequence[Numbers], rounds: int) -> Generator[Round, list[Trial], int]:
+        """How many of `ways`, from the first to the last that fits; found by thirds."""
+        known: list[tuple[int, bool]] = []
+        for _ in range(rounds):
+            points = points_to_try(len(ways), known)
+            found = yield from storing([ways[point - 1] for point in points])
+            known += zip(points, (trial.drop_fits(budget) for trial in found), strict=True)
+        return max((point for point, fits in known if fits), default=0)
 
-    if not facts.stored:
-        return []
-    last = len(facts.stored) - 1
-    fits = yield from fitting(facts.stored, last, STORED_TRIALS)
-    beyond = facts.stored[fits + 1 :]
-    if beyond:
-        briefly, long = ([_distilled(way, facts.distil(length)) for way in beyond] for length in (1.0, LONG))
-        held = yield from fitting(briefly, len(beyond) // 2, TAUGHT_TRIALS)
-        failed = [index for index, way in enumerate(briefly) if index > held and way in [way for _, way in tried]]
-        for index in sorted(failed)[:LONGER_TRIALS]:
-            (trial,) = yield [Recipe(facts.steps(*long[index]), target)]
-            tried.append((trial, long[index]))
-            if not trial.drop_fits(budget):
-                break
+    def storing(ways: Sequence[Numbers]) -> Generator[Round, list[Trial], list[Trial]]:
+        found = (yield [Recipe(facts.steps(*way), target) for way in ways]) if ways else []
+        tried.extend(zip(found, ways, strict=True))
+        return found
+
+    fits = yield from fitting(facts.stored, STORED_ROUNDS)
+    briefly, long = ([_distilled(way, facts.distil(length)) for way in facts.stored[fits:]] for length in (1.0, LONG))
+    held = yield from fitting(briefly, TAUGHT_ROUNDS)
+    failed = [longer for way, longer in list(zip(briefly, long, strict=True))[held:] if way in [w for _, w in tried]]
+    yield from storing(failed[:LONGER_TRIALS])
     return tried
 
 

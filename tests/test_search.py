@@ -51,8 +51,8 @@ SMALL = Budget(0.05, objective="bytes")
 QUICK = [
     ("featherweight.strategy", "ROUNDS", 1),
     ("featherweight.strategy", "TEACHINGS", ("distill_soft",)),
-    ("featherweight.strategy", "STORED_TRIALS", 1),
-    ("featherweight.strategy", "TAUGHT_TRIALS", 1),
+    ("featherweight.strategy", "STORED_ROUNDS", 1),
+    ("featherweight.strategy", "TAUGHT_ROUNDS", 0),
     ("featherweight.strategy", "LONGER_TRIALS", 0),
     ("featherweight.strategy", "FINALISTS", 0),
     ("featherweight.knobs", "BATCHES", (1, 4)),
