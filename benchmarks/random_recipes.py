@@ -3,12 +3,13 @@
     python benchmarks/random_recipes.py out/search/image-latency-0.01 examples/image.py [--count 50] [--seed 0]
         [--folder out/random_recipes] [--json out/random_recipes.json]
 
-Each recipe removes a random share of the channels, a random number of blocks, and where sequences are read positions, or
-computes blocks for groups of them (one in four does nothing of all that), is distilled for as long as shapes or as finalists of the search are, in one of its three ways, and turned to numbers in
-one of its ways; all on the target of the search's best. Each is measured as a trial is. It beats the search where it
-keeps to the budget and costs less than the best by more than noise, and beats the frontier where no point of it is as
-cheap and as good, noise granted: for latency two interval widths of the ratio, for the drop what its bound lies above
-it. Rows are written one by one, and not measured again.
+Each recipe removes a random share of the channels, a random number of blocks, and where sequences are read positions,
+or computes blocks for groups of them (one in four does nothing of all that), is distilled for as long as shapes or as
+finalists of the search are, in one of its three ways, and turned to numbers in one of its ways; all on the target of
+the search's best. Each is measured as a trial is. It beats the search where it keeps to the budget and costs less than
+the best by more than noise, and beats the frontier where no point of it is as cheap and as good, noise granted: for
+latency two interval widths of the ratio, for the drop what its bound lies above it. Rows are written one by one, and
+not measured again.
 """
 
 from __future__ import annotations
