@@ -463,9 +463,15 @@ def _write_vectors(folder: Path, manifest: dict[str, Any], workload: Workload, m
     _, *several = both(first_examples(workload.calibration[:CHECKED], CHECKED))
     error = max(map(_relative_error, *several))
     if not error <= WRONG:
+        in_floats = manifest["floats"] == "float32"
+        blamed = (
+            "Report it as our fault, and"
+            if in_floats
+            else f"It may not bear {manifest['floats']}: leave that step out, or"
+        )
         raise ExportError(
             f"What {manifest['target']} computes is not what the compressed network computes: the norm of the "
-            f"difference is {error:.2g} of that of the outputs. Report it as our fault, and choose another target."
+            f"difference is {error:.2g} of that of the outputs. {blamed} choose another target."
         )
     manifest["export_error"] = float(error)
     stored = {f"input{index}": value for index, value in enumerate(inputs)}

@@ -2,6 +2,7 @@
 
 Half of the bytes are moved, and processors with AMX or AVX-512 BF16 multiply twice as many numbers at once, or more.
 Layers whose inputs and weights are rounded to 8 bits stay so: what changes is attention, norms, activations and sums.
+Sums over a whole network lose what is small beside what is large: Whisper does not bear it, and is refused (LOG.md).
 Stored weights do not change (`scale_weights` makes those smaller), and neither does the network in torch: a target that
 can compute so is told to, and what it then computes is what is judged. Processors that cannot compute in float32.
 

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from featherweight.artifact import build, open_artifact, verify
 from featherweight.errors import ExportError, LayerError
@@ -17,7 +17,9 @@ from featherweight.passes.quantize_static import QuantizeStatic
 from featherweight.recipe import Recipe, compress_model
 from featherweight.surgery import floats_of
 from featherweight.testing import networks
-from featherweight.workload import call
+from featherweight.workload import Workload, call
+
+ABLE = {"avx512_bf16", "amx_bf16"} & set(machine()["features"] or [])
 
 
 def test_in_torch_nothing_changes_but_what_the_target_is_told() -> None:
@@ -52,8 +54,7 @@ def test_the_file_says_so_and_the_runtime_does_so_where_the_processor_can(steps,
     a, b = (call(artifact.predict(), workload.calibration[0]) for artifact in (exact, told))
     assert isinstance(a, Tensor) and isinstance(b, Tensor)
     off = float((a - b).norm() / a.norm())
-    able = {"avx512_bf16", "amx_bf16"} & set(machine()["features"] or [])
-    assert 1e-5 < off < 0.03 if able else off < 1e-5
+    assert 1e-5 < off < 0.03 if ABLE else off < 1e-5
 
 
 def test_where_a_processor_computes_in_floats_after_all_more_may_differ(tmp_path) -> None:
@@ -67,3 +68,25 @@ def test_where_a_processor_computes_in_floats_after_all_more_may_differ(tmp_path
     told["floats"] = ["strange"]  # whatever else stands there means nothing
     manifest.write_text(json.dumps(told))
     assert open_artifact(tmp_path / "a").target == "openvino" and verify(tmp_path / "a") == []
+
+
+class Far(nn.Module):
+    """(n, 8) to (n, 8), by numbers in the thousands that differ by ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.there, self.back = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.back(torch.relu(self.there(x) + 3000)) - self.back(torch.full_like(x, 3000.0))
+
+
+@pytest.mark.skipif(not ABLE, reason="this processor computes in float32 whatever it is told")
+def test_a_network_that_does_not_bear_it_is_refused(tmp_path) -> None:
+    pytest.importorskip("openvino")
+    torch.manual_seed(0)
+    x = torch.randn(8, 8)
+    workload = Workload(Far().eval(), (x[:2],), [(x,)], score=lambda predict: 0.0)
+    with pytest.raises(ExportError, match="may not bear bfloat16: leave that step out"):
+        build(Recipe((ComputeBfloat16(),), "openvino"), workload, tmp_path / "a")
+    assert build(Recipe((), "openvino"), workload, tmp_path / "b").manifest["export_error"] < 1e-3
