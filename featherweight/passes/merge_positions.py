@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
@@ -72,6 +72,9 @@ class Groups:
         numbers).
         """
         length, end = x.shape[dim], self.end(x.shape[dim])
+        if how == "mean" and (self.alone or end < length):
+            members = self.members(length).to(x.device)
+            return x.index_select(dim, members.flatten()).unflatten(dim, (-1, self.size)).mean(dim + 1)
         groups = x.narrow(dim, self.alone, end - self.alone).unflatten(dim, (-1, self.size))
         ways: dict[str, Callable[[int], Tensor]] = {
             "mean": groups.mean,
@@ -83,9 +86,24 @@ class Groups:
 
     def spread(self, x: Float[Tensor, "n groups features"], length: int) -> Float[Tensor, "n length features"]:
         """What `merged` made of `length` positions, again for each of them."""
-        count = (length - self.alone) // self.size
-        inside = x[:, self.alone : self.alone + count].unsqueeze(2).expand(-1, -1, self.size, -1).flatten(1, 2)
-        return torch.cat([x[:, : self.alone], inside, x[:, self.alone + count :]], 1)
+        if not self.alone and self.end(length) == length:
+            return x.unsqueeze(2).expand(-1, -1, self.size, -1).flatten(1, 2)
+        members = self.members(length)
+        group_of = torch.arange(len(members)).unsqueeze(1).expand(members.shape)
+        index = torch.zeros(length, dtype=torch.int64).scatter(0, members.flatten(), group_of.flatten())
+        return x.index_select(1, index.to(x.device))
+
+    def members(self, length: int) -> Int64[Tensor, "groups size"]:
+        """The positions of each group; one that stays by itself counts as often as there are in a group.
+
+        So that nothing is joined: OpenVINO 2026.4 cannot compile what is joined from parts and then read in int8.
+        """
+        end = self.end(length)
+        inside = torch.arange(self.alone, end).unflatten(0, (-1, self.size))
+        first, last = (
+            torch.arange(*ends).unsqueeze(1).expand(-1, self.size) for ends in ((self.alone,), (end, length))
+        )
+        return torch.cat([first, inside, last])
 
     def merged_beside(self, value: Any, length: int) -> Any:
         """What a block reads beside its sequence, with groups wherever there were positions.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from featherweight.damage import damage
 from featherweight.errors import LayerError
 from featherweight.passes.merge_positions import Groups, MergePositions, Merging, least_missed, mergeable
+from featherweight.passes.quantize_static import QuantizeStatic
 from featherweight.recipe import Recipe, compress_model
 from featherweight.surgery import blocks, kind_of
 from featherweight.targets import find, installed
@@ -258,3 +259,27 @@ def test_what_another_part_hands_over_is_read_in_groups(tmp_path) -> None:
 def test_a_sequence_as_long_as_the_own_one_may_be_anything_and_is_left() -> None:
     x = torch.randn(6, LENGTH, WIDTH)
     assert mergeable((workload := translating(x, x + 1)).model, workload) == ["encoder.0", "encoder.1"]
+
+
+@pytest.mark.filterwarnings("ignore")  # of the exporter
+@pytest.mark.parametrize("groups", [Groups(2, alone=1), Groups(5), Groups(4)])
+@pytest.mark.parametrize("target", [name for name in installed() if name != "torch"])
+def test_groups_of_all_kinds_are_read_in_int8(target: str, groups: Groups, tmp_path) -> None:
+    torch.manual_seed(0)
+    workload = translating(torch.randn(6, 5, WIDTH), torch.randn(6, LENGTH, WIDTH))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("featherweight.passes.merge_positions.least_missed", lambda _, ways, *__: (list(ways), groups))
+        recipe = Recipe((MergePositions(share=1.0), QuantizeStatic(range="minmax")), target)
+        model, _ = compress_model(recipe, workload)
+    check_export(find(target), model, workload, tmp_path)
+
+
+@pytest.mark.parametrize("groups", [Groups(2, alone=1), Groups(5, alone=1), Groups(5), Groups(3), Groups(4)])
+def test_positions_that_are_in_no_group_stay_by_themselves(groups: Groups) -> None:
+    x = torch.randn(2, LENGTH, 3)
+    end = groups.end(LENGTH)
+    inside = x[:, groups.alone : end].unflatten(1, (-1, groups.size)).mean(2)
+    merged = groups.merged(x, 1)
+    torch.testing.assert_close(merged, torch.cat([x[:, : groups.alone], inside, x[:, end:]], 1))
+    apart = torch.cat([x[:, : groups.alone], inside.repeat_interleave(groups.size, 1), x[:, end:]], 1)
+    torch.testing.assert_close(groups.spread(merged, LENGTH), apart)
