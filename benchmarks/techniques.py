@@ -33,6 +33,7 @@ from peers_ptq import EXAMPLES, as_predict, eager, timed
 from torch import Tensor, nn
 
 from featherweight import passes, targets
+from featherweight.artifact import check_floats
 from featherweight.errors import FeatherweightError
 from featherweight.measure import drop_bounds
 from featherweight.passes import Pass, build
@@ -170,6 +171,7 @@ def shipped(model: nn.Module, workload: Workload, folder: Path) -> tuple[dict[st
         shutil.rmtree(folder / target, ignore_errors=True)
         (folder / target).mkdir(parents=True)
         try:
+            check_floats(model, targets.find(target))
             targets.find(target).export(model, workload, folder / target)
         except FeatherweightError as error:
             shutil.rmtree(folder / target)

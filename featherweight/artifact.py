@@ -180,7 +180,7 @@ def build(
     target = targets.find(recipe.target)
     with _whole_or_nothing(folder, overwrite) as fresh:
         model, coverage = compress_model(recipe, workload, seed, progress)
-        _check_floats(model, target)
+        check_floats(model, target)
         manifest = _manifest(recipe, workload, model, coverage, seed)
         if progress is not None:
             progress(f"export to {recipe.target}")
@@ -284,6 +284,22 @@ def versions_of(target: str) -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
+
+
+def check_floats(model: nn.Module, target: Target) -> None:
+    """Refuses a network whose floats the target cannot be told to compute as they are meant to be.
+
+    Raises:
+        ExportError: it is so.
+    """
+    from featherweight.surgery import floats_of
+
+    if (wanted := floats_of(model)) not in target.float_precisions:
+        able = [name for name in targets.installed() if wanted in targets.find(name).float_precisions]
+        raise ExportError(
+            f"{target.name()} cannot be told to compute in {wanted}, as a step of the recipe wants. Leave that step "
+            f"out, or choose a target that can; installed are {', '.join(able) or 'none'}."
+        )
 
 
 # ------------------------------------------------------------------------------------------------ writing
@@ -426,17 +442,6 @@ def _spec(value: Tensor) -> dict[str, Any]:
             "convert inside the network."
         )
     return {"dtype": dtype, "shape": [None, *value.shape[1:]]}
-
-
-def _check_floats(model: nn.Module, target: Target) -> None:
-    from featherweight.surgery import floats_of
-
-    if (wanted := floats_of(model)) not in target.float_precisions:
-        able = [name for name in targets.installed() if wanted in targets.find(name).float_precisions]
-        raise ExportError(
-            f"{target.name()} cannot be told to compute in {wanted}, as a step of the recipe wants. Leave that step "
-            f"out, or choose a target that can; installed are {', '.join(able) or 'none'}."
-        )
 
 
 def _write_vectors(folder: Path, manifest: dict[str, Any], workload: Workload, model: nn.Module) -> None:
