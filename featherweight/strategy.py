@@ -66,7 +66,7 @@ class Facts:
         epochs: how long a candidate is distilled.
         blocks: how many alike blocks there are that may be removed whole; 0 for none.
         truncates: whether sequences are read that may be cut.
-        merges: how many blocks may be computed for groups of positions; 0 for none.
+        merges: how many blocks, and readers of other sequences, may be computed for groups of positions; 0 for none.
         multiples: by target, the number of which channel counts should be multiples.
         stored: steps that store weights in fewer bits layer by layer, from the least harmful to the smallest, as the
             damage table predicts; where bytes are what is made small.
