@@ -69,7 +69,7 @@ CHECKED = 8  # examples on which a file is compared with the network
 VECTOR_OUTPUTS = 4096  # values kept of each output
 WRONG = 0.5  # relative error of outputs that no rounding explains: the export is refused
 TOLERANCE = 0.01  # of an output's largest magnitude: what processors may differ by; whole numbers may not differ
-IN_BFLOAT16 = 0.05  # what they may differ by where some compute in bfloat16 and others, which cannot, in float32
+IN_BFLOAT16 = 0.05  # what they may differ by where some compute in bfloat16 and others may not
 AGAIN = "Fetch the folder again from where it came, or make it again with `featherweight apply`."
 
 

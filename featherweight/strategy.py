@@ -480,9 +480,9 @@ def _finalists(
     """Shapes to distil for long, of those that would cost less than the best.
 
     What comes later on the route costs less, whatever was measured: neighbours differ by less than noise. First the
-    cheapest whose mean drop keeps to the budget, so that only certainty lacks. Where a finalist of the route
-    did not fit that is smaller than the best, or all that are smaller lose far too much: halfway to the next of them.
-    Else `count` that lack least.
+    cheapest whose mean drop keeps to the budget, so that only certainty lacks. Where a finalist of the route did not
+    fit that is smaller than the best, or all that are smaller lose far too much: halfway to the next of them. Else
+    `count` that lack least.
     """
     known = {**tried, **finals}
     fitting = {shape: trial for shape, trial in known.items() if trial.drop_fits(budget)}

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from featherweight.artifact import build, open_artifact, verify
+from featherweight.artifact import _vector_problems, build, verify
 from featherweight.errors import ExportError, LayerError
 from featherweight.measure import machine
 from featherweight.passes.compute_bfloat16 import ComputeBfloat16
@@ -54,20 +51,16 @@ def test_the_file_says_so_and_the_runtime_does_so_where_the_processor_can(steps,
     a, b = (call(artifact.predict(), workload.calibration[0]) for artifact in (exact, told))
     assert isinstance(a, Tensor) and isinstance(b, Tensor)
     off = float((a - b).norm() / a.norm())
-    assert 1e-5 < off < 0.03 if ABLE else off < 1e-5
+    assert off < 0.03 and (off > 1e-5 or not ABLE)
 
 
-def test_where_a_processor_computes_in_floats_after_all_more_may_differ(tmp_path) -> None:
+def test_what_was_told_may_differ_more_from_processor_to_processor(tmp_path) -> None:
     pytest.importorskip("openvino")
-    artifact = build(Recipe((ComputeBfloat16(),), "openvino"), networks()["mlp"], tmp_path / "a")
-    run = artifact.load()
-    inputs = [np.random.default_rng(0).standard_normal((2, 16), dtype=np.float32)]
-    assert np.isfinite(run(inputs)[0]).all()
-    manifest = tmp_path / "a" / "manifest.json"
-    told = json.loads(manifest.read_text())
-    told["floats"] = ["strange"]  # whatever else stands there means nothing
-    manifest.write_text(json.dumps(told))
-    assert open_artifact(tmp_path / "a").target == "openvino" and verify(tmp_path / "a") == []
+    for steps, problems in (((), 1), ((ComputeBfloat16(),), 0)):
+        made = build(Recipe(steps, "openvino"), networks()["mlp"], tmp_path / str(problems))
+        run = made.load()
+        assert len(_vector_problems(made, lambda inputs, run=run: [1.03 * run(inputs)[0]])) == problems
+        assert len(_vector_problems(made, lambda inputs, run=run: [1.10 * run(inputs)[0]])) == 1
 
 
 class Far(nn.Module):
@@ -81,7 +74,7 @@ class Far(nn.Module):
         return self.back(torch.relu(self.there(x) + 3000)) - self.back(torch.full_like(x, 3000.0))
 
 
-@pytest.mark.skipif(not ABLE, reason="this processor computes in float32 whatever it is told")
+@pytest.mark.skipif(not ABLE, reason="this processor has no arithmetic for bfloat16")
 def test_a_network_that_does_not_bear_it_is_refused(tmp_path) -> None:
     pytest.importorskip("openvino")
     torch.manual_seed(0)
