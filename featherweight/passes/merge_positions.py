@@ -137,6 +137,12 @@ class Trail:
     start: Float[Tensor, "n length features"]
     before: Float[Tensor, "n groups features"]
     now: Float[Tensor, "n groups features"]
+    version: int | None  # of the tensor that was returned, which grows where something is written to it
+
+
+def _version(x: Tensor) -> int | None:
+    """None of tensors that do not count it, those of inference mode."""
+    return None if x.is_inference() else x._version
 
 
 PASS = "merge_positions"  # in messages
@@ -152,9 +158,9 @@ class Merging(nn.Module):
         x: Any = next(iter((*args, *named.values())))
         groups = self.position_groups
         trail = getattr(x, TRAIL, None)
-        if trail is None or trail.groups != groups:
+        if trail is None or trail.groups != groups or trail.version is None or trail.version != _version(x):
             merged = groups.merged(x, 1)
-            trail = Trail(groups, x, merged, merged)
+            trail = Trail(groups, x, merged, merged, _version(x))
 
         def shortened(value: Any) -> Any:
             return trail.now if value is x else groups.merged_beside(value, x.shape[1])
@@ -162,7 +168,7 @@ class Merging(nn.Module):
         result: Any = super().forward(*tree_map(shortened, args), **tree_map(shortened, named))
         first, others = (result[0], result[1:]) if isinstance(result, tuple) else (result, ())
         y = trail.start + groups.spread(first - trail.before, x.shape[1])
-        setattr(y, TRAIL, replace(trail, now=first))
+        setattr(y, TRAIL, replace(trail, now=first, version=_version(y)))
         return (y, *others) if isinstance(result, tuple) else y
 
 

@@ -283,3 +283,31 @@ def test_positions_that_are_in_no_group_stay_by_themselves(groups: Groups) -> No
     torch.testing.assert_close(merged, torch.cat([x[:, : groups.alone], inside, x[:, end:]], 1))
     apart = torch.cat([x[:, : groups.alone], inside.repeat_interleave(groups.size, 1), x[:, end:]], 1)
     torch.testing.assert_close(groups.spread(merged, LENGTH), apart)
+
+
+class Written(Stack):
+    """Writes to what each block returned."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x, _ = block(x)
+            x += torch.linspace(0, 1, WIDTH)
+        return x
+
+
+@pytest.mark.filterwarnings("ignore")  # of the exporter
+@pytest.mark.parametrize("target", installed())
+def test_what_is_written_to_between_blocks_is_merged_anew(target: str, tmp_path) -> None:
+    torch.manual_seed(0)
+    workload = made(Written(Block(), Block(), Block()))
+    model, _ = compress_model(Recipe((MergePositions(share=1.0),), target), workload)
+    (x,) = workload.calibration[0]
+    wanted, pairs = x, model.blocks[0].position_groups
+    with torch.no_grad():
+        for block in workload.model.blocks:
+            merged = pairs.merged(wanted, 1)
+            wanted = wanted + pairs.spread(block(merged)[0] - merged, LENGTH) + torch.linspace(0, 1, WIDTH)
+    torch.testing.assert_close(outputs(model, workload), wanted)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x), wanted)
+    check_export(find(target), model, workload, tmp_path)
