@@ -4,9 +4,10 @@ Recorded by Allison Smith for Digium, Inc., licence CC-BY-SA 3.0; fetched from t
 `asterisk-core-sounds-en-wav` (the recordings) and `asterisk-core-sounds-en` (the texts), and never kept in this
 repository. Nothing here knows of networks, but for the log-mel features, which are the ones that Whisper reads.
 
-Short prompts are for scoring, half of them for the search and half for the report; long ones, in pieces, are to
-train on, and so are letters of the alphabet and a fifth of the prompts of one to three words. What is said twice in
-the same words is in one part, so nothing of the test is heard before.
+Short prompts are for scoring, half of them for the search and half for the report; long ones are to train on, once in
+pieces as long as may be and once in phrases, as short as what is scored, and so are letters of the alphabet and a fifth
+of the prompts of one to three words. What is said twice in the same words is in one part, so nothing of the test is
+heard before.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import re
 import wave
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -29,6 +31,7 @@ from torch import Tensor
 
 RATE = 16_000  # samples a second
 HOP = 160  # samples a frame, so 100 frames a second
+PAUSE, QUIET = 0.15, 0.03  # seconds at least, and of the loudest hundredth of a second at most, between two phrases
 _WINDOW = 400  # samples of a Fourier transform
 _MELS = 80
 
@@ -83,6 +86,22 @@ def pieces(prompts: Sequence[Prompt], seconds: float) -> list[Tensor]:
         elif part(prompt.text) == "train":
             found.append(prompt.samples)
     return found
+
+
+def phrases(prompts: Sequence[Prompt], seconds: float) -> list[Tensor]:
+    """Prompts longer than `seconds`, cut in the middle of their pauses: (samples,) each, of half a second at least."""
+    found = []
+    for prompt in prompts:
+        if prompt.seconds > seconds:
+            found += [part for part in prompt.samples.tensor_split(_pauses(prompt.samples)) if len(part) >= RATE / 2]
+    return [part for part in found if len(part) <= seconds * RATE]
+
+
+def _pauses(samples: Tensor) -> list[int]:
+    """The middle of each pause, in samples."""
+    frames = samples.unfold(0, HOP, HOP).square().mean(1).sqrt()
+    loud = (frames > QUIET * frames.max()).nonzero().flatten().tolist()
+    return [(last + first) // 2 * HOP for last, first in pairwise(loud) if first - last > PAUSE * RATE / HOP]
 
 
 def varied(samples: Tensor, length: int, rng: torch.Generator) -> Tensor:

@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 import transcribe
 from assets import cache_folder, publish
-from asterisk_prompts import log_mel, part, pieces, prompts, varied
+from asterisk_prompts import log_mel, part, phrases, pieces, prompts, varied
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
@@ -109,9 +109,9 @@ class Varied:
 def _prepared(net: WhisperTiny) -> tuple[WordAccuracy, WordAccuracy, Varied]:
     """What the search scores, what the report scores, and what is trained on; kept in the cache folder."""
     # A change of the window, the splits, the features or the decoding asks for another number in the name.
-    path = cache_folder() / "data" / "whisper-asterisk-1.safetensors"
+    path = cache_folder() / "data" / "whisper-asterisk-2.safetensors"
     if not path.exists():
-        print("transcribing the prompts with Whisper, once: seven minutes on one core", file=sys.stderr, flush=True)
+        print("transcribing the prompts with Whisper, once: ten minutes on one core", file=sys.stderr, flush=True)
         _prepare(net, path)
     tokenizer = Tokenizer.from_file(str(package() / "tokenizer.json"))
     with safe_open(path, "pt") as file:
@@ -136,6 +136,8 @@ def _prepare(net: WhisperTiny, path: Path) -> None:
         said[name] = json.dumps([prompt.text for prompt in chosen])
     clips = pieces(everything, SECONDS)
     order = torch.randperm(len(clips), generator=torch.Generator().manual_seed(0))
+    clips += phrases(everything, SECONDS)
+    order = torch.cat([order, torch.arange(len(order), len(clips))])
     _, ids = _heard(net, clips)
     kept = order[ids[order, -1] == transcribe.END]  # the others are repetitions without an end: nothing to learn from
     tensors["train.samples"] = pad_sequence(clips, batch_first=True)[kept]

@@ -38,6 +38,7 @@ from featherweight.trials import Budget, Trial
 LARGEST_SHARE = 0.8  # of channels that may be removed: the end of the route on which channels alone go
 DEEPEST = 2 / 3  # of blocks that may be removed: the end of the route on which blocks alone go
 SHORTEST = 3 / 4  # of each sequence that may be cut off: the end of the route on which sequences alone get shorter
+DOUBLINGS = 2  # of the groups of positions that a block is computed for, at most: fours
 POINTS = 108  # of a route; so many that thirds of thirds, and halves of those, are among them
 COMPARED = (
     0.7  # of what the whole network costs: where routes are compared, and those that fit there again at its square
@@ -48,9 +49,11 @@ TAUGHT_ROUNDS = 2  # at most, over those beyond, distilled
 LONGER_TRIALS = 2  # at most, of those that failed there, distilled for longer
 FINALISTS = 3  # at most, the shapes that are distilled for long, two of them at first
 TOO_MUCH = 3.0  # times the drop that is allowed, in the mean: more than a long distillation makes up for
+FAILURES = 2  # of finalists in a row after which nothing that fits is expected
 WHOLE_FINALISTS = 2  # at most, those of them that have all their weights
 SHORT, LONG = 0.5, 2.0  # how long shapes and finalists are distilled, over `Facts.epochs`
 TEACHINGS = ("distill_soft", "distill_hard", "distill_features")  # of which one is chosen by what it recovers
+WORTHWHILE = 0.95  # times the cost: what bfloat16 has to save on top of the best numbers, for it loses a little
 HOPELESS = 2.0  # times the cost of the best target, uncompressed: int8 is not tried there
 NORMED_LR, PLAIN_LR = 0.005, 0.001  # of networks with batch norms, also once those are folded (LOG.md), and without
 
@@ -117,7 +120,7 @@ class Facts:
         """The share of the arithmetic that is left where some blocks are computed for groups of positions."""
         if not shape.merged:
             return 1.0
-        fours = max(0, shape.merged - self.merges)
+        fours = max(0, shape.merged - self.merges)  # as if there were no fours before all are pairs
         pairs = min(shape.merged, self.merges) - fours
         return 1 - (pairs / 2 + fours * 3 / 4) / max(self.blocks, self.merges)
 
@@ -139,10 +142,9 @@ class Facts:
             steps.append(_step("drop_layers", share=round(self.lost(shape), 4)))
         if shape.share:
             steps.append(_step("prune_channels", share=shape.share, multiple=self.multiples.get(target, 8)))
-        if (fours := shape.merged - self.merges) > 0:
-            steps.append(_step("merge_positions", share=round(fours / self.merges, 4), size=4))
-        if shape.merged and fours < self.merges:
-            steps.append(_step("merge_positions", share=1.0 if fours > 0 else round(shape.merged / self.merges, 4)))
+        if shape.merged:
+            share = shape.merged / (self.merges * DOUBLINGS)
+            steps.append(_step("merge_positions", share=round(share, 4), size=2**DOUBLINGS))
         if shape.thinner or length > SHORT:
             steps.append(self.distil(length, shape, teaching))
         return Recipe(self.steps(*numbers, shape=steps), target)
@@ -152,7 +154,7 @@ class Facts:
 class Shape:
     """What is left of a network: the share of channels, the number of blocks and the share of positions that go.
 
-    `merged` blocks are computed for pairs of positions; beyond as many as can be so, as many as are more for fours.
+    `merged` counts doublings: a block is computed for pairs of positions after one, and for fours after two.
     """
 
     share: float
@@ -255,7 +257,7 @@ def routes_of_positions(facts: Facts) -> list[Route]:
     if facts.truncates:
         found.append([Shape(0.0, cut=cut) for cut in cuts])
     if facts.merges:
-        found.append([Shape(0.0, merged=level) for level in range(1, 2 * facts.merges + 1)])
+        found.append([Shape(0.0, merged=level) for level in range(1, DOUBLINGS * facts.merges + 1)])
     if len(found) > 1:
         both = zip(cuts, _up_to(facts.merges), strict=True)
         found.append([Shape(0.0, cut=round(cut / 2, 4), merged=level) for cut, level in both])
@@ -292,11 +294,16 @@ def _numbers(facts: Facts, budget: Budget, target: str, plain: Trial) -> Generat
     def best() -> Numbers:
         return min(tried, key=lambda item: (not item[0].drop_fits(budget), _cost(item[0], item[0], budget)))[1]
 
+    found = best()
     if target in facts.bfloat16 and budget.objective != "bytes":
-        numbers = (*best(), _step("compute_bfloat16"))
+        numbers = (*found, _step("compute_bfloat16"))
         (trial,) = yield [Recipe(facts.steps(*numbers), target)]
-        tried.append((trial, numbers))
-    return best()
+        exact = next(other for other, steps in tried if steps == found)
+        # Where certainty alone lacks, what is tried on top may have it.
+        bears = trial.drop_fits(budget) or _mean_over_allowed(trial, budget) <= 1
+        if bears and _cost(trial, trial, budget) < WORTHWHILE * _cost(exact, exact, budget):
+            return numbers
+    return found
 
 
 def struggling(facts: Facts, budget: Budget, trials: Sequence[Trial]) -> str | None:
@@ -416,7 +423,7 @@ class _Course:
             shapes = [route[point - 1] for point in points_to_try(len(route), known)]
             self.tried |= yield from self.taught(shapes, SHORT)
         left = finalists
-        while left and (left == finalists or self.best()):
+        while left and (self.best() or finalists - left < FAILURES):
             count = min(2, left) if left == finalists else 1
             if not (shapes := _finalists(route, self.tried, self.finals, budget, count)):
                 break
@@ -467,10 +474,9 @@ def shape_of(facts: Facts, recipe: Recipe) -> Shape | None:
     settings = {step.name(): step.settings() for step in recipe.steps}
     lost = settings.get("drop_layers", {}).get("share", 0.0)
     cut = settings.get("truncate_inputs", {}).get("share", 0.0)
-    merges = [step.settings() for step in recipe.steps if step.name() == "merge_positions"]
-    levels = [round(m["share"] * facts.merges) + (facts.merges if m["size"] > 2 else 0) for m in merges]
+    merged = settings.get("merge_positions", {}).get("share", 0.0) * facts.merges * DOUBLINGS
     share = settings.get("prune_channels", {}).get("share", 0.0)
-    shape = Shape(share, round(lost * facts.blocks), cut, max(levels, default=0))
+    shape = Shape(share, round(lost * facts.blocks), cut, round(merged))
     return shape if shape != Shape(0.0) else None
 
 

@@ -2,7 +2,8 @@
 
 Half of the bytes are moved, and processors with AMX or AVX-512 BF16 multiply twice as many numbers at once, or more.
 Layers whose inputs and weights are rounded to 8 bits stay so: what changes is attention, norms, activations and sums.
-Sums over a whole network lose what is small beside what is large: Whisper does not bear it, and is refused (LOG.md).
+Sums over a whole network lose what is small beside what is large, so each file is compared with the network, and what
+does not bear it is refused.
 Stored weights do not change (`scale_weights` makes those smaller), and neither does the network in torch: a target that
 can compute so is told to, and what it then computes is what is judged. What it does on a processor without arithmetic
 for bfloat16 is the target's affair; nothing is gained there.

@@ -3,9 +3,10 @@
 P takes the mean of each group, f is the block, and U hands what it added to all positions of a group. So every position
 keeps what it knew, only the change is shared, and a block does half of its work for pairs, in attention a quarter.
 Attention masks are merged with the positions: a group is attended to as often as its members were (the logarithm of the
-sum of their exponentials). Which blocks are treated is decided as in `drop_layers`: one at a time, each time the one by
-which the outputs change least. Blocks whose positions do not hear later ones are left, for in a group the first would
-hear the others; so are those that read no sequences.
+sum of their exponentials). Which blocks are treated is decided one at a time, each time the one by which the outputs
+change least for what is saved: from single positions to pairs, and where groups may be larger, on to fours and more, so
+that some blocks get larger groups than others. Blocks whose positions do not hear later ones are left, for in a group
+the first would hear the others; so are those that read no sequences.
 
 So is what another part of a network hands over, as an encoder does to a decoder: the outermost module that reads it
 beside its own input reads groups, and whatever attends to it inside does with so many fewer.
@@ -201,8 +202,9 @@ class MergePositions(Pass):
     """Computes the blocks that bear it best for groups of positions; `where` names blocks, and readers of sequences.
 
     Args:
-        share: of the blocks and readers that can be treated so, to the nearest whole number, one at least.
-        size: of a group.
+        share: of all the doublings of groups that can be had, to the nearest whole number, one at least; of the blocks
+            and readers that can be treated so, where groups are pairs.
+        size: of a group, at most; in between are powers of two.
     """
 
     share: Annotated[float, Range(0.0, 1.0)] = 0.5
@@ -217,14 +219,13 @@ class MergePositions(Pass):
                 f"where={self.where!r} chooses no block of {type(model).__name__} that {self.name()} can treat: "
                 f"{'; '.join(reasons) or none}. Leave this step out."
             )
-        count = max(1, round(self.share * len(ways)))
-        chosen, groups = least_missed(model, ways, count, self.size, workload)
+        groups = least_missed(model, ways, self.share, self.size, workload)
         for name, way in ways.items():
-            if name in chosen:
+            if name in groups:
                 does = "is computed for" if way is Merging else "reads"
-                first = ", the first by itself" if groups.alone else ""
-                done(name, f"{does} groups of {self.size} positions{first}")
-                _merge(model.get_submodule(name), way, groups)
+                first = ", the first by itself" if groups[name].alone else ""
+                done(name, f"{does} groups of {groups[name].size} positions{first}")
+                _merge(model.get_submodule(name), way, groups[name])
             else:
                 left(name, "matters too much for the share that was asked for")
         for name, why in objections.items():
@@ -240,27 +241,49 @@ def mergeable(model: nn.Module, workload: Workload) -> list[str]:
 Ways = Mapping[str, type[nn.Module]]  # by name what is put before a module's class: Merging or Reading
 
 
-def least_missed(model: nn.Module, among: Ways, count: int, size: int, workload: Workload) -> tuple[list[str], Groups]:
-    """`count` modules, chosen one after the other by the damage of all so far, and whether the first stays alone."""
+def sizes_up_to(size: int) -> list[int]:
+    """Of groups, each twice the one before, but for the last.
+
+    >>> sizes_up_to(2), sizes_up_to(6)
+    ([2], [2, 4, 6])
+    """
+    return [2**power for power in range(1, size.bit_length()) if 2**power < size] + [size]
+
+
+def least_missed(model: nn.Module, among: Ways, share: float, size: int, workload: Workload) -> dict[str, Groups]:
+    """The groups that modules get: doubled one after the other, by the damage of all so far over what is saved.
+
+    Whether the first position stays alone is the same for all of them.
+    """
     values = sum(value[0].numel() for value in floating_outputs(model, first_examples(workload.calibration, 1), PASS))
     batch = first_examples(workload.calibration, max(ROWS, min(EXAMPLES, VALUES // values)))
     wanted = floating_outputs(model, batch, PASS)
-    all_, first_alone = Groups(size), Groups(size, alone=1)
+    sizes = sizes_up_to(size)
 
-    def lost_by(names: Sequence[str], groups: Groups) -> float:
-        with _merging(model, {name: among[name] for name in names}, groups):
+    def lost_by(groups: Mapping[str, Groups]) -> float:
+        with _merging(model, among, groups):
             lost = damage(floating_outputs(model, batch, PASS), wanted)
         return lost if lost == lost else math.inf
 
-    singly = {way: {name: lost_by([name], way) for name in among} for way in (all_, first_alone)}
-    total = {way: sum(lost.values()) for way, lost in singly.items()}
-    groups = first_alone if total[first_alone] < CLEARLY * total[all_] else all_
-    chosen = list(among) if count == len(among) else []
-    while len(chosen) < count:
-        others = [name for name in among if name not in chosen]
-        lost = {name: lost_by([*chosen, name], groups) for name in others if chosen} or singly[groups]
-        chosen.append(min(lost, key=lambda name: lost[name]))
-    return chosen, groups
+    singly = {alone: {name: lost_by({name: Groups(sizes[0], alone)}) for name in among} for alone in (0, 1)}
+    total = {alone: sum(lost.values()) for alone, lost in singly.items()}
+    alone = 1 if total[1] < CLEARLY * total[0] else 0
+    doublings = max(1, round(share * len(among) * len(sizes)))
+    if doublings == len(among) * len(sizes):
+        return {name: Groups(size, alone) for name in among}
+    chosen: dict[str, Groups] = {}
+    lost_so_far = 0.0
+    for _ in range(doublings):
+        found: dict[str, tuple[float, float, Groups]] = {}
+        for name in among:
+            now = chosen[name].size if name in chosen else 1
+            if now < size:
+                larger = Groups(next(s for s in sizes if s > now), alone)
+                lost = lost_by({**chosen, name: larger}) if chosen else singly[alone][name]
+                found[name] = ((lost - lost_so_far) / (1 / now - 1 / larger.size), lost, larger)
+        best = min(found, key=lambda name: found[name][0])
+        _, lost_so_far, chosen[best] = found[best]
+    return chosen
 
 
 def _candidates(model: nn.Module, workload: Workload, where: str, size: int) -> tuple[Ways, dict[str, str]]:
@@ -318,7 +341,7 @@ def _misfit(
 ) -> str:
     """What goes wrong where a module is treated; empty where nothing does."""
     try:
-        with _merging(model, {name: way}, Groups(size)):
+        with _merging(model, {name: way}, {name: Groups(size)}):
             found = [tuple(value.shape) for value in floating_outputs(model, batch, PASS)]
     except Exception as error:  # whatever the user's forward raises with groups
         return _raised(error)
@@ -348,15 +371,15 @@ def _merge(module: nn.Module, way: type[nn.Module], groups: Groups) -> None:
 
 
 @contextlib.contextmanager
-def _merging(model: nn.Module, ways: Ways, groups: Groups) -> Iterator[None]:
-    """Inside the block, the named modules are treated."""
-    found = [(model.get_submodule(name), way) for name, way in ways.items()]
-    classes = [type(module) for module, _ in found]
+def _merging(model: nn.Module, ways: Ways, groups: Mapping[str, Groups]) -> Iterator[None]:
+    """Inside the block, the modules that `groups` names are treated."""
+    found = {name: model.get_submodule(name) for name in groups}
+    classes = {name: type(module) for name, module in found.items()}
     try:
-        for module, way in found:
-            _merge(module, way, groups)
+        for name, module in found.items():
+            _merge(module, ways[name], groups[name])
         yield
     finally:
-        for (module, _), kind in zip(found, classes, strict=True):
-            module.__class__ = kind
+        for name, module in found.items():
+            module.__class__ = classes[name]
             del module.position_groups

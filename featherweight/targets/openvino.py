@@ -10,6 +10,7 @@ runtime would choose by itself on some processors, changes results, and makes so
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,6 +63,7 @@ class OpenVINO(Target):
             port.get_tensor().set_names({value.name})
         if floats_of(model) == "bfloat16":
             network.set_rt_info("bf16", FLOATS)
+            give_masks_rows(network)
         ov.save_model(network, folder / "model.xml", compress_to_fp16=False)
 
     def load(self, folder: Path, threads: int) -> Runner:
@@ -132,6 +134,48 @@ def _add_behind(graph: Any, node: Any, bias: Any) -> None:
     graph.insert_after(node, total)
     for reader, index in uses:
         reader.replace_input_with(index, total.outputs[0])
+
+
+def give_masks_rows(network: Any) -> None:
+    """A mask that has one row for all queries gets as many as there are.
+
+    OpenVINO 2026.4 takes such a row for a bias of the product of queries and keys, and in bfloat16 what attention then
+    computes is wrong altogether. A Broadcast in its place would be optimised away.
+    """
+    for node in network.get_ordered_ops():
+        if node.get_type_name() == "MatMul" and all(_rank(port.get_source_output()) > 2 for port in node.inputs()):
+            for reader in _sums_and_scalings(node):
+                parts = [port.get_source_output() for port in reader.inputs()]
+                of_one_row = [part for part in parts if _rank(part) < 2 or part.get_partial_shape()[-2] == 1]
+                if reader.get_type_name() == "Add" and len(of_one_row) == 1:
+                    index = parts.index(of_one_row[0])
+                    reader.input(index).replace_source_output(_repeated(parts[index], parts[1 - index]))
+
+
+def _rank(value: Any) -> int:
+    """The number of dimensions; 0 where that is not fixed."""
+    rank = value.get_partial_shape().rank
+    return rank.get_length() if rank.is_static else 0
+
+
+def _sums_and_scalings(node: Any) -> Iterator[Any]:
+    """What is added to `node` or multiplies it, one after the other, as long as that alone reads it."""
+    while len(readers := list(node.output(0).get_target_inputs())) == 1:
+        node = readers[0].get_node()
+        if node.get_type_name() not in ("Add", "Multiply", "Divide"):
+            return
+        yield node
+
+
+def _repeated(mask: Any, logits: Any) -> Any:
+    """`mask` with as many rows as `logits` has."""
+    from openvino import opset13 as ops
+
+    sizes = ops.shape_of(logits, output_type="i64")
+    rows = ops.gather(sizes, ops.constant(np.array([-2])), ops.constant(0))
+    before, behind = (ops.constant(np.ones(count, np.int64)) for count in (max(_rank(mask) - 2, 0), 1))
+    times = [before, rows, behind]
+    return ops.tile(mask, ops.concat(times, 0)).output(0)
 
 
 def _openvino() -> Any:

@@ -97,7 +97,23 @@ def test_the_blocks_that_matter_least_are_chosen_and_the_way_that_harms_less() -
     assert [why for _, why in coverage.left] == ["matters too much for the share that was asked for"] * 2
     x = torch.randn(16, LENGTH // 2, WIDTH).repeat_interleave(2, 1)
     shifted = made(workload.model, torch.cat([torch.randn(16, 1, WIDTH), x], 1)[:, :LENGTH])
-    assert least_missed(shifted.model, {"blocks.0": Merging}, 1, 2, shifted) == (["blocks.0"], Groups(2, alone=1))
+    assert least_missed(shifted.model, {"blocks.0": Merging}, 1.0, 2, shifted) == {"blocks.0": Groups(2, alone=1)}
+
+
+def test_what_matters_little_gets_larger_groups_before_what_matters_more_gets_any() -> None:
+    torch.manual_seed(0)
+    workload = made(Stack(Block(), Block(strength=0.001), Block(strength=0.01)))
+    found = {}
+    for doublings in (1, 2, 3, 4, 6):
+        _, coverage = compress_model(Recipe((MergePositions(share=doublings / 6, size=4),), "torch"), workload)
+        found[doublings] = {name[-1]: what.partition("groups of ")[2][0] for name, what in coverage.done}
+    assert found == {
+        1: {"1": "2"},
+        2: {"1": "4"},
+        3: {"1": "4", "2": "2"},
+        4: {"1": "4", "2": "4"},
+        6: {"0": "4", "1": "4", "2": "4"},
+    }
 
 
 def test_classes_and_names_stay_and_copies_go_their_own_way() -> None:
@@ -268,7 +284,7 @@ def test_groups_of_all_kinds_are_read_in_int8(target: str, groups: Groups, tmp_p
     torch.manual_seed(0)
     workload = translating(torch.randn(6, 5, WIDTH), torch.randn(6, LENGTH, WIDTH))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("featherweight.passes.merge_positions.least_missed", lambda _, ways, *__: (list(ways), groups))
+        patch.setattr("featherweight.passes.merge_positions.least_missed", lambda _, ways, *__: dict.fromkeys(ways, groups))
         recipe = Recipe((MergePositions(share=1.0), QuantizeStatic(range="minmax")), target)
         model, _ = compress_model(recipe, workload)
     check_export(find(target), model, workload, tmp_path)
