@@ -97,14 +97,14 @@ def _within(found: Tensor, known: Tensor) -> Tensor:
 class WordAccuracy:
     """Scores a recogniser by the words that it gets wrong in greedy decoding.
 
-    An utterance with e_i errors (words to replace, insert or delete), of which no more are counted than it has words,
-    has the value 1 - n * e_i / words of all n utterances. The mean of the values is thus exactly 1 - WER, where the
-    word error rate is the errors in all utterances over the words in all. The bound keeps one endless repetition from
-    outweighing everything else.
+    Each of n utterances is there in r readings; in a reading it has e errors (words to replace, insert or delete), of
+    which no more are counted than it has words. Its value is 1 - n * the mean of e over its readings / words of all n
+    utterances. The mean of the values is thus exactly 1 - WER, where the word error rate is the errors in all readings
+    over the words in all. The bound keeps one endless repetition from outweighing everything else.
     """
 
-    features: Tensor  # (n, ...)
-    drafts: Tensor  # (n, length) ids, what the original recogniser hears: all that is right needs one call
+    features: Tensor  # (r * n, ...), one reading of all after the other
+    drafts: Tensor  # (r * n, length) ids, what the original recogniser hears: all that is right needs one call
     said: Sequence[str]  # n texts
     tokenizer: Tokenizer
 
@@ -113,14 +113,20 @@ class WordAccuracy:
         return [words(text) for text in self.said]
 
     def __call__(self, predict: Recogniser) -> list[float]:
-        counts = [min(e, len(said)) for e, said in zip(self.errors(predict), self.references, strict=True)]
-        share = len(counts) / sum(map(len, self.references))
-        return [1 - share * count for count in counts]
+        total = [0] * len(self.said)
+        for reading in self.errors(predict):
+            counted = [min(e, len(said)) for e, said in zip(reading, self.references, strict=True)]
+            total = [before + count for before, count in zip(total, counted, strict=True)]
+        share = len(total) ** 2 / len(self.features) / sum(map(len, self.references))
+        return [1 - share * count for count in total]
 
-    def errors(self, predict: Recogniser) -> list[int]:
-        """How many words are wrong in each utterance, without a bound."""
+    def errors(self, predict: Recogniser) -> list[list[int]]:
+        """How many words are wrong in each utterance, reading by reading, without a bound."""
         heard = self.tokenizer.decode_batch(texts(greedy(predict, self.features, self.drafts)))
-        return [word_errors(said, words(text)) for said, text in zip(self.references, heard, strict=True)]
+        return [
+            [word_errors(said, words(text)) for said, text in zip(self.references, reading, strict=True)]
+            for reading in (heard[at : at + len(self.said)] for at in range(0, len(heard), len(self.said)))
+        ]
 
 
 _ONES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
