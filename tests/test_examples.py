@@ -11,6 +11,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 pytest.importorskip("tokenizers")
 
+import asterisk_prompts
+import transcribe
 from movie_snippets import LENGTH, Snippets, Varied
 
 START, END, COUNT = 101, 102, 300
@@ -50,3 +52,31 @@ def test_training_data_differ_each_time_and_hang_on_the_seed_alone(sentences):
     assert len(first) == len(data) and first != second
     assert two() == [first, second]
     assert sum(len(labels) for _, labels in data) == COUNT
+
+
+class Letters:
+    """A tokenizer of one token a word."""
+
+    def decode_batch(self, texts: list[list[int]]) -> list[str]:
+        return [" ".join(chr(ord("a") + token) for token in text) for text in texts]
+
+
+def test_words_are_counted_in_all_readings_of_an_utterance():
+    """Of two utterances of three and one words, in two readings: one error in the first, then three and one."""
+    heard = transcribe.rows([[0, 1, 3], [4], [5, 6, 7, 8], []], length=7)
+    hears = torch.nn.functional.one_hot(heard.roll(-1, 1)).float()
+    score = transcribe.WordAccuracy(torch.arange(4), heard, ["a b c", "e"], Letters())
+    assert score.errors(lambda features, ids: hears[features]) == [[1, 0], [4, 1]]
+    found = score(lambda features, ids: hears[features])  # no more errors than words are counted
+    assert found == [1 - 2 * (1 + 3) / 2 / 4, 1 - 2 * (0 + 1) / 2 / 4]
+    assert sum(found) / 2 == 1 - (1 + 3 + 1) / (2 * 4)
+
+
+def test_prompts_are_cut_in_their_pauses_and_nothing_short_or_long_is_kept():
+    rate = asterisk_prompts.RATE
+    voice, pause, breath = torch.ones(rate), torch.zeros(rate // 4), torch.zeros(rate // 10)
+    said = torch.cat([voice, breath, voice, pause, voice[: rate // 4], pause, voice, voice, voice, voice, pause, voice])
+    long = asterisk_prompts.Prompt("long", said, "")
+    short = asterisk_prompts.Prompt("short", voice, "")
+    found = [len(part) / rate for part in asterisk_prompts.phrases([short, long], 3)]
+    assert found == pytest.approx([2.1 + 0.125, 0.25 + 0.25, 1 + 0.125], abs=0.02)

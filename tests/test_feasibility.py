@@ -44,6 +44,11 @@ def test_a_bound_that_nothing_can_meet_is_named_with_its_reason(budget, said):
     assert found.endswith(".") and ("Allow more" in found or "allow more" in found)
 
 
+def test_of_scores_that_are_more_than_right_or_wrong_no_least_drop_is_known():
+    graded = dataclasses.replace(original(), scores=[1.0, 0.5, 0.0, 0.75] * 250)
+    assert list(out_of_reach(Budget(0.0), graded, [PLAIN])) == []
+
+
 def test_what_may_be_met_is_not_spoken_of():
     budget = Budget(0.01, max_bytes=2_000_000, max_latency_ms=1.0, max_ram=90_000_000)
     assert list(out_of_reach(budget, original(), [PLAIN])) == []
