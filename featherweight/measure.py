@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from featherweight import targets
-from featherweight.artifact import Artifact, build, count_parameters, versions_of
+from featherweight.artifact import IN_BFLOAT16, Artifact, build, count_parameters, versions_of
 from featherweight.errors import ArtifactError, ExportError, WorkloadError
 from featherweight.recipe import Recipe
 from featherweight.timing import BUSY, Interval, Subject, interleave, latency, ratio
@@ -607,7 +607,8 @@ def _waiting_doubts(shares: dict[str, float | None]) -> list[str]:
 def _int8_doubts(artifact: Artifact, kernels: dict[str, float], here: dict[str, Any]) -> list[str]:
     asked, off = artifact.manifest["int8_layers"], artifact.manifest["export_error"]
     doubts = []
-    if off > (tolerance := targets.find(artifact.target).tolerance):
+    in_bfloat16 = IN_BFLOAT16 if artifact.manifest.get("floats") == "bfloat16" else 0.0
+    if off > (tolerance := targets.find(artifact.target).tolerance + in_bfloat16):
         doubts.append(
             f"{artifact.target} is off by {off:.1%} from the compressed network in torch, more than the "
             f"{tolerance:.0%} that rounding explains."
