@@ -50,7 +50,6 @@ LONGER_TRIALS = 2  # at most, of those that failed there, distilled for longer
 FINALISTS = 3  # at most, the shapes that are distilled for long, two of them at first
 TOO_MUCH = 3.0  # times the drop that is allowed, in the mean: more than a long distillation makes up for
 FAILURES = 2  # of finalists in a row after which nothing that fits is expected
-WHOLE_FINALISTS = 2  # at most, those of them that have all their weights
 SHORT, LONG = 0.5, 2.0  # how long shapes and finalists are distilled, over `Facts.epochs`
 TEACHINGS = ("distill_soft", "distill_hard", "distill_features")  # of which one is chosen by what it recovers
 WORTHWHILE = 0.95  # times the cost: what bfloat16 has to save on top of the best numbers, for it loses a little
@@ -374,9 +373,9 @@ def _shapes(facts: Facts, budget: Budget, target: str, numbers: Numbers) -> Plan
     course = _Course(facts, budget, target, numbers)
     base = Shape(0.0)
     if ways := routes_of_positions(facts):
-        yield from course.followed(ways, base, WHOLE_FINALISTS)
+        yield from course.followed(ways, base)
         base = course.best() or base
-    yield from course.followed(routes(facts, base), base, FINALISTS)
+    yield from course.followed(routes(facts, base), base)
 
 
 @dataclass
@@ -402,7 +401,7 @@ class _Course:
         fitting = [(_cost(t, t, self.budget), n) for n, (_, t) in enumerate(trials) if t.drop_fits(self.budget)]
         return trials[min(fitting)[1]][0] if fitting else None
 
-    def followed(self, ways: Sequence[Route], base: Shape, finalists: int) -> Plan:
+    def followed(self, ways: Sequence[Route], base: Shape) -> Plan:
         """The smallest shape along the most promising of `ways`, each taught for a short time; then the finalists."""
         facts, budget = self.facts, self.budget
         first = yield from self.taught(_to_begin_with(facts, ways, COMPARED * facts.pace(base)), SHORT)
@@ -422,9 +421,9 @@ class _Course:
             known = [(point, self.tried[s].drop_fits(budget)) for point, s in enumerate(route, 1) if s in self.tried]
             shapes = [route[point - 1] for point in points_to_try(len(route), known)]
             self.tried |= yield from self.taught(shapes, SHORT)
-        left = finalists
-        while left and (self.best() or finalists - left < FAILURES):
-            count = min(2, left) if left == finalists else 1
+        left = FINALISTS
+        while left and (self.best() or FINALISTS - left < FAILURES):
+            count = 2 if left == FINALISTS else 1
             if not (shapes := _finalists(route, self.tried, self.finals, budget, count)):
                 break
             self.finals |= yield from self.taught(shapes, LONG)

@@ -383,11 +383,11 @@ DOUBTS: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
     ),
     "off": (
         lambda s: s["artifact"].manifest.update(export_error=0.06) or {},
-        "openvino is off by 6.0% from the compressed network in torch, more than the 5% that rounding explains",
+        "openvino is off by 6.0% from the compressed network in torch, more than the 3% that rounding explains",
     ),
     "off in bfloat16": (
         lambda s: s["artifact"].manifest.update(export_error=0.11, floats="bfloat16") or {},
-        "more than the 10% that rounding explains",
+        "more than the 8% that rounding explains",
     ),
     "no profile": (lambda s: s.update(kernels=[]) or {}, "openvino gives no profile"),
     "no VNNI": (
