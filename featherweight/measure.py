@@ -378,11 +378,15 @@ def best_runtime(workload: Workload, folder: Path, *, threads: int = 1, batch: i
     for name in targets.installed():
         with contextlib.suppress(ExportError):
             plain[name] = build(Recipe((), name), workload, folder / name)
-    if not plain:
-        return None
-    subjects = [Subject(name, folder=artifact.folder) for name, artifact in plain.items()]
+    return soonest(list(plain.values()), workload, threads=threads, batch=batch) if plain else None
+
+
+def soonest(artifacts: Sequence[Artifact], workload: Workload, *, threads: int = 1, batch: int = 1) -> Artifact:
+    """The one that is done first, of artifacts that are run in turn, in processes of their own."""
+    by_name = {str(number): artifact for number, artifact in enumerate(artifacts)}
+    subjects = [Subject(name, folder=artifact.folder) for name, artifact in by_name.items()]
     rounds = interleave(subjects, timing_inputs(workload, batch), threads=threads, **_effort(quick=True)).rounds
-    return plain[min(plain, key=lambda name: latency(rounds[name]))]
+    return by_name[min(by_name, key=lambda name: latency(rounds[name]))]
 
 
 # ------------------------------------------------------------------------------------------------ statistics

@@ -42,7 +42,7 @@ from featherweight.errors import (
 from featherweight.facts import facts_of, fingerprint
 from featherweight.feasibility import out_of_reach, predicted_ram
 from featherweight.making import Made, Order, built, changes, known_artifact, made_elsewhere, make, reason
-from featherweight.measure import Baseline, Judgement, Measurement, baseline, measure, physical_cores
+from featherweight.measure import Baseline, Judgement, Measurement, baseline, measure, physical_cores, soonest
 from featherweight.pools import Pool, check_pool, open_pool
 from featherweight.processes import processes
 from featherweight.progress import Progress, Stopwatch
@@ -76,6 +76,7 @@ from featherweight.workload import check as check_workload
 
 UNFINISHED = "unfinished"  # the verdict while a search goes on
 POOL = "pool"  # the stage in which a pool is at work
+RETIMED = 3  # at most, accepted trials of which the final one is chosen
 PREDICTING = 120  # seconds of a time limit that must be left, for a cost table to be measured
 
 
@@ -443,8 +444,9 @@ class _Search:
 
     def final(self) -> Trial | None:
         """The candidate, measured fully; one that no longer keeps to the budget makes way for the next."""
-        while (chosen := self.candidate()) is not None:
+        while (candidate := self.candidate()) is not None:
             self.watch("final measurement")
+            chosen = self._soonest(candidate)
             artifact = self._built(chosen.recipe)
             try:
                 fully = self._measured(artifact, quick=False, runtime=self._best_runtime())
@@ -457,6 +459,21 @@ class _Search:
                 self._turn_knobs(artifact)
                 return certain
         return None
+
+    def _soonest(self, candidate: Trial) -> Trial:
+        """Of the accepted trials that cost least the one that is done first: the others were timed at other times."""
+        accepted = [t for t in self.trials if t.measurement and t.accepted(self.budget)]
+        accepted.sort(key=lambda t: self.budget.cost(t.measurement) if t.measurement else math.inf)
+        there = [(self._there(trial.recipe), trial) for trial in accepted[:RETIMED]]
+        rivals = {str(artifact.folder): (artifact, trial) for artifact, trial in there if artifact}
+        if self.budget.objective == "bytes" or len(rivals) < len(there) or len(rivals) < 2:
+            return candidate
+        artifacts = [artifact for artifact, _ in rivals.values()]
+        try:
+            first = soonest(artifacts, self.workload, threads=self.settings.threads, batch=self.settings.batch)
+        except FeatherweightError:  # whatever keeps one from running is said when it is measured
+            return candidate
+        return rivals[str(first.folder)][1]
 
     def _turn_knobs(self, artifact: Artifact) -> None:
         """How the best runs with other threads or other batches: what it was chosen by need not be best for it."""

@@ -473,6 +473,26 @@ def test_a_final_measurement_that_fails_leaves_the_brief_one_with_a_doubt(begun,
     assert json.loads((begun / "result.json").read_text())["best"]["digest"] == result.best.digest
 
 
+@quick
+@pytest.mark.usefixtures("imagined")
+@pytest.mark.parametrize(("objective", "asked"), [("latency", True), ("bytes", False)])
+def test_of_those_that_seemed_soonest_the_final_one_is_timed_in_turn(begun, objective, asked, monkeypatch):
+    seen = []
+
+    def soonest(artifacts, *_, **__):
+        seen.append([artifact.bytes for artifact in artifacts])
+        return max(artifacts, key=lambda artifact: artifact.bytes)
+
+    monkeypatch.setattr(search, "soonest", soonest)
+    result = _search(begun, Budget(0.05, objective=objective), resume=True)
+    assert bool(seen) == asked and result.best
+    if asked:
+        (sizes,) = seen
+        assert len(sizes) == search.RETIMED and sizes == sorted(sizes)
+        assert result.best.bytes == sizes[-1] > sizes[0]
+        assert open_artifact(begun / "best").bytes == sizes[-1]
+
+
 def test_a_network_that_no_target_takes_is_bad_input(tmp_path):
     class Branches(nn.Module):
         def forward(self, x):
