@@ -92,6 +92,8 @@ threads; – where it was not timed or cannot run), `seconds` those that the pas
 run beside other work. Rows of one table may have been timed on different days, between which that ratio of one and the
 same file moved by a third; so compare the columns of a row, and rows only where they differ by more. Batch norms are
 folded first where weights are changed. What is drawn at random is drawn three times, and has the mean of three scores.
+The rows of speech are older than the readings in which its phrases are scored now, and than half of what it is taught
+on: they are scored on the recordings alone (the original 0.9253, in six readings 0.9070).
 """
 
 
