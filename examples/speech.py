@@ -162,7 +162,7 @@ def _prepare(net: WhisperTiny, path: Path) -> None:
 
 @torch.inference_mode()
 def _heard(net: WhisperTiny, clips: Sequence[Tensor], drafts: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The features (n, 80, FRAMES) of clips and the ids (n, LENGTH) of what `net` hears in them; `drafts` are guesses."""
+    """The features (n, 80, FRAMES) of clips, and the ids (n, LENGTH) of what `net` hears; `drafts` are guesses."""
     features = torch.stack([log_mel(clip, FRAMES) for clip in clips])
     drafts = transcribe.rows([[]] * len(clips), LENGTH) if drafts is None else drafts
     return features, transcribe.greedy(net, features, drafts, SIZE)

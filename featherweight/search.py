@@ -462,18 +462,18 @@ class _Search:
 
     def _soonest(self, candidate: Trial) -> Trial:
         """Of the accepted trials that cost least the one that is done first: the others were timed at other times."""
-        accepted = [t for t in self.trials if t.measurement and t.accepted(self.budget)]
-        accepted.sort(key=lambda t: self.budget.cost(t.measurement) if t.measurement else math.inf)
-        there = [(self._there(trial.recipe), trial) for trial in accepted[:RETIMED]]
-        rivals = {str(artifact.folder): (artifact, trial) for artifact, trial in there if artifact}
-        if self.budget.objective == "bytes" or len(rivals) < len(there) or len(rivals) < 2:
+        accepted = [
+            (self.budget.cost(t.measurement), t) for t in self.trials if t.measurement and t.accepted(self.budget)
+        ]
+        rivals = [trial for _, trial in sorted(accepted, key=lambda item: item[0])[:RETIMED]]
+        there = [artifact for trial in rivals if (artifact := self._there(trial.recipe))]
+        if self.budget.objective == "bytes" or len(there) < max(2, len(rivals)):
             return candidate
-        artifacts = [artifact for artifact, _ in rivals.values()]
         try:
-            first = soonest(artifacts, self.workload, threads=self.settings.threads, batch=self.settings.batch)
+            first = soonest(there, self.workload, threads=self.settings.threads, batch=self.settings.batch)
         except FeatherweightError:  # whatever keeps one from running is said when it is measured
             return candidate
-        return rivals[str(first.folder)][1]
+        return rivals[there.index(first)]
 
     def _turn_knobs(self, artifact: Artifact) -> None:
         """How the best runs with other threads or other batches: what it was chosen by need not be best for it."""

@@ -241,9 +241,7 @@ def test_the_best_numbers_are_tried_with_floats_in_bfloat16_and_what_is_faster_g
         if "compute_bfloat16" not in in_words(recipe):
             return trial
         ratio, most = trial.measurement.latency_ratio / saves, drop + 0.004
-        return Trial(
-            recipe, dataclasses.replace(trial.measurement, latency_ratio=ratio, drop=drop, drop_upper=most)
-        )
+        return Trial(recipe, dataclasses.replace(trial.measurement, latency_ratio=ratio, drop=drop, drop_upper=most))
 
     facts = dataclasses.replace(FACTS, bfloat16=(TARGET,))
     trials = played(facts, Budget(0.01, objective=objective), world)

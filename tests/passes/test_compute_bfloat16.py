@@ -56,7 +56,7 @@ def test_the_file_says_so_and_the_runtime_does_so_where_the_processor_can(steps,
 
 
 class Masked(nn.Module):
-    """(n, 12, 16) to the like: attention to what comes from the input, by logits to which a mask of `shape` is added."""
+    """(n, 12, 16) to the like: attention, by logits to which a mask of `shape` is added."""
 
     def __init__(self, heads: int, shape: tuple[int, ...]) -> None:
         super().__init__()

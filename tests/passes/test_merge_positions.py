@@ -284,7 +284,9 @@ def test_groups_of_all_kinds_are_read_in_int8(target: str, groups: Groups, tmp_p
     torch.manual_seed(0)
     workload = translating(torch.randn(6, 5, WIDTH), torch.randn(6, LENGTH, WIDTH))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("featherweight.passes.merge_positions.least_missed", lambda _, ways, *__: dict.fromkeys(ways, groups))
+        patch.setattr(
+            "featherweight.passes.merge_positions.least_missed", lambda _, ways, *__: dict.fromkeys(ways, groups)
+        )
         recipe = Recipe((MergePositions(share=1.0), QuantizeStatic(range="minmax")), target)
         model, _ = compress_model(recipe, workload)
     check_export(find(target), model, workload, tmp_path)
