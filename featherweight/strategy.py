@@ -298,9 +298,7 @@ def _numbers(facts: Facts, budget: Budget, target: str, plain: Trial) -> Generat
         numbers = (*found, _step("compute_bfloat16"))
         (trial,) = yield [Recipe(facts.steps(*numbers), target)]
         exact = next(other for other, steps in tried if steps == found)
-        # Where certainty alone lacks, what is tried on top may have it.
-        bears = trial.drop_fits(budget) or _mean_over_allowed(trial, budget) <= 1
-        if bears and _cost(trial, trial, budget) < WORTHWHILE * _cost(exact, exact, budget):
+        if _may_fit(trial, budget) and _cost(trial, trial, budget) < WORTHWHILE * _cost(exact, exact, budget):
             return numbers
     return found
 
@@ -408,7 +406,7 @@ class _Course:
         self.tried |= first
         if all(trial.measurement is None for trial in first.values()):
             return  # what cannot be made smaller by any of them cannot at all
-        fitting = [way for way in ways if any(shape in first and first[shape].drop_fits(budget) for shape in way)]
+        fitting = [way for way in ways if any(shape in first and _may_fit(first[shape], budget) for shape in way)]
         compared = first
         if len(fitting) > 1:  # which of them leads further, shapes from which more is gone tell better
             compared = yield from self.taught(_to_begin_with(facts, fitting, COMPARED**2 * facts.pace(base)), SHORT)
@@ -514,12 +512,17 @@ def _finalists(
         for shape, trial in tried.items()
         if shape not in finals and trial.measurement and is_cheaper(shape, trial)
     }
-    if uncertain := [shape for shape in lacking if _mean_over_allowed(tried[shape], budget) <= 1]:
+    if uncertain := [shape for shape in lacking if _may_fit(tried[shape], budget)]:
         cost = {shape: (-points.get(shape, -1), _cost(tried[shape], tried[shape], budget)) for shape in uncertain}
         return [min(uncertain, key=lambda shape: cost[shape])]
     if best in finals and all(_mean_over_allowed(tried[shape], budget) > TOO_MUCH for shape in lacking):
         return halfway(lacking)
     return sorted(lacking, key=lambda shape: lacking[shape])[:count]
+
+
+def _may_fit(trial: Trial, budget: Budget) -> bool:
+    """Whether the drop fits, or lacks nothing but certainty, which what is tried on top may have."""
+    return trial.drop_fits(budget) or _mean_over_allowed(trial, budget) <= 1
 
 
 def _mean_over_allowed(trial: Trial, budget: Budget) -> float:

@@ -367,8 +367,9 @@ def test_sequences_get_shorter_where_that_loses_least_and_networks_with_all_thei
     assert not [t for t in stored if "truncate_inputs" in in_words(t.recipe)]
 
 
-def test_routes_that_fit_are_compared_again_where_half_is_gone():
-    """All lose nothing at first; where more is gone, positions that are cut lose least."""
+@pytest.mark.parametrize("unsure", [0.0, 0.012])
+def test_routes_that_may_fit_are_compared_again_where_half_is_gone(unsure):
+    """All lose nothing at first, or not for certain; where more is gone, positions that are cut lose least."""
     facts = dataclasses.replace(BLOCKS, truncates=True, merges=6)
 
     def world(recipe: Recipe) -> Trial:
@@ -376,14 +377,15 @@ def test_routes_that_fit_are_compared_again_where_half_is_gone():
         trial = World(static_drop=0.0, breaks_at=1.0)(recipe)
         left = facts.kept(shape)
         worse = 0.0 if left > 0.6 else (0.02 * shape.share + 0.002 * shape.merged + 0.008 * shape.cut) * (1 - left)
-        return Trial(recipe, dataclasses.replace(trial.measurement, drop=worse, drop_upper=worse))
+        upper = worse + unsure * (0.6 < left < 1)
+        return Trial(recipe, dataclasses.replace(trial.measurement, drop=worse, drop_upper=upper))
 
     found = [strategy.shape_of(facts, t.recipe) for t in played(facts, Budget(0.01), world)]
     tried = [shape for shape in found if shape]
     first, second = tried[:3], tried[3:6]
     assert all(facts.kept(shape) > 0.6 for shape in first) and all(0.4 < facts.kept(shape) < 0.6 for shape in second)
     followed = [shape for shape in tried[6:] if not shape.thinner]
-    assert followed and all(shape.cut > second[0].cut and not shape.merged for shape in followed)
+    assert followed and all((unsure or shape.cut > second[0].cut) and not shape.merged for shape in followed)
 
 
 def test_blocks_are_computed_for_pairs_of_positions_and_then_for_fours():
