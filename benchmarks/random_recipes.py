@@ -28,7 +28,7 @@ from featherweight.errors import FeatherweightError
 from featherweight.facts import facts_of
 from featherweight.measure import Baseline, Measurement, measure
 from featherweight.recipe import Recipe
-from featherweight.strategy import LARGEST_SHARE, LONG, SHORT, SHORTEST, TEACHINGS, Facts, Shape, rungs_of
+from featherweight.strategy import DOUBLINGS, LARGEST_SHARE, LONG, SHORT, SHORTEST, TEACHINGS, Facts, Shape, rungs_of
 from featherweight.trials import Budget
 from featherweight.workload import Workload, load
 
@@ -60,7 +60,7 @@ def drawn(facts: Facts, target: str, count: int, seed: int) -> Iterator[Recipe]:
             share * (rng.random() < 0.75 or not (facts.truncates or facts.merges)),
             rng.randrange(facts.blocks) if facts.blocks > 1 and rng.random() < 0.5 else 0,
             round(rng.uniform(0.05, SHORTEST), 2) if facts.truncates and rng.random() < 0.5 else 0.0,
-            rng.randint(0, 2 * facts.merges) if rng.random() < 0.5 else 0,
+            rng.randint(0, DOUBLINGS * facts.merges) if rng.random() < 0.5 else 0,
         )
         length = rng.choice((SHORT, LONG))
         plain = Recipe(facts.steps(*numbers), target)

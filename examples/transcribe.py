@@ -113,12 +113,10 @@ class WordAccuracy:
         return [words(text) for text in self.said]
 
     def __call__(self, predict: Recogniser) -> list[float]:
-        total = [0] * len(self.said)
-        for reading in self.errors(predict):
-            counted = [min(e, len(said)) for e, said in zip(reading, self.references, strict=True)]
-            total = [before + count for before, count in zip(total, counted, strict=True)]
-        share = len(total) ** 2 / len(self.features) / sum(map(len, self.references))
-        return [1 - share * count for count in total]
+        readings = self.errors(predict)
+        share = len(self.said) / len(readings) / sum(map(len, self.references))
+        by_utterance = zip(self.references, zip(*readings, strict=True), strict=True)
+        return [1 - share * sum(min(e, len(said)) for e in errors) for said, errors in by_utterance]
 
     def errors(self, predict: Recogniser) -> list[list[int]]:
         """How many words are wrong in each utterance, reading by reading, without a bound."""

@@ -22,7 +22,7 @@ from featherweight.passes.drop_layers import removable
 from featherweight.passes.merge_positions import mergeable
 from featherweight.passes.truncate_inputs import truncatable
 from featherweight.recipe import Recipe, compress_model
-from featherweight.strategy import Facts
+from featherweight.strategy import LARGEST_GROUP, Facts
 from featherweight.workload import Batch, Workload, call, count_batches, raw, tensors
 
 TRAINING_FLOP = 9e12  # of one candidate's distillation: under a minute on two cores
@@ -41,7 +41,7 @@ def facts_of(workload: Workload, names: Sequence[str]) -> Facts:
         # with batch norms it is a convolutional network, where width is what the time goes into
         blocks=0 if kinds & set(NORMS) else len(removable(workload.start, workload)),
         truncates=truncatable(workload.start, workload),
-        merges=len(mergeable(workload.start, workload)),
+        merges=len(mergeable(workload.start, workload, LARGEST_GROUP)),
         multiples={name: targets.find(name).width_multiple for name in names},
         precision=_precision(kinds),
         bfloat16=tuple(name for name in names if _computes_in_bfloat16(name)),

@@ -38,7 +38,8 @@ from featherweight.trials import Budget, Trial
 LARGEST_SHARE = 0.8  # of channels that may be removed: the end of the route on which channels alone go
 DEEPEST = 2 / 3  # of blocks that may be removed: the end of the route on which blocks alone go
 SHORTEST = 3 / 4  # of each sequence that may be cut off: the end of the route on which sequences alone get shorter
-DOUBLINGS = 2  # of the groups of positions that a block is computed for, at most: fours
+DOUBLINGS = 2  # of the groups of positions that a block is computed for, at most
+LARGEST_GROUP = 2**DOUBLINGS
 POINTS = 108  # of a route; so many that thirds of thirds, and halves of those, are among them
 COMPARED = (
     0.7  # of what the whole network costs: where routes are compared, and those that fit there again at its square
@@ -143,7 +144,7 @@ class Facts:
             steps.append(_step("prune_channels", share=shape.share, multiple=self.multiples.get(target, 8)))
         if shape.merged:
             share = shape.merged / (self.merges * DOUBLINGS)
-            steps.append(_step("merge_positions", share=round(share, 4), size=2**DOUBLINGS))
+            steps.append(_step("merge_positions", share=round(share, 4), size=LARGEST_GROUP))
         if shape.thinner or length > SHORT:
             steps.append(self.distil(length, shape, teaching))
         return Recipe(self.steps(*numbers, shape=steps), target)
@@ -290,15 +291,11 @@ def _numbers(facts: Facts, budget: Budget, target: str, plain: Trial) -> Generat
         if trial.drop_fits(budget) and _cost(trial, trial, budget) < _cost(plain, plain, budget):
             break
 
-    def best() -> Numbers:
-        return min(tried, key=lambda item: (not item[0].drop_fits(budget), _cost(item[0], item[0], budget)))[1]
-
-    found = best()
+    best, found = min(tried, key=lambda item: (not item[0].drop_fits(budget), _cost(item[0], item[0], budget)))
     if target in facts.bfloat16 and budget.objective != "bytes":
         numbers = (*found, _step("compute_bfloat16"))
         (trial,) = yield [Recipe(facts.steps(*numbers), target)]
-        exact = next(other for other, steps in tried if steps == found)
-        if _may_fit(trial, budget) and _cost(trial, trial, budget) < WORTHWHILE * _cost(exact, exact, budget):
+        if _may_fit(trial, budget) and _cost(trial, trial, budget) < WORTHWHILE * _cost(best, best, budget):
             return numbers
     return found
 

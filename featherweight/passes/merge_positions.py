@@ -233,9 +233,9 @@ class MergePositions(Pass):
         return model
 
 
-def mergeable(model: nn.Module, workload: Workload) -> list[str]:
-    """The names of the blocks that can be computed for groups of positions, and of readers that can read such."""
-    return list(_candidates(model, workload, "*", FEWEST)[0])
+def mergeable(model: nn.Module, workload: Workload, size: int = FEWEST) -> list[str]:
+    """The blocks that can be computed for groups of `size` positions, and readers that can read such, by name."""
+    return list(_candidates(model, workload, "*", size)[0])
 
 
 Ways = Mapping[str, type[nn.Module]]  # by name what is put before a module's class: Merging or Reading
