@@ -496,7 +496,7 @@ class _Search:
         if upper is None or upper <= allowed:
             return trial
         return self._with_doubt(
-            trial, f"On the test data the drop may be {upper:.4g}, above the {allowed:.4g} that it was accepted for."
+            trial, f"On the test data the drop may be {upper:.4g}, above the {allowed:.4g} that is allowed."
         )
 
     def _with_doubt(self, trial: Trial, doubt: str) -> Trial:
