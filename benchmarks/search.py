@@ -8,9 +8,8 @@ Each search is one `featherweight compress`, as a user would call it. The single
 `benchmarks/techniques.py` found with the highest ratio (or the fewest bytes) on any target among those that drop no
 more than the budget at the upper end of their interval. Which is fastest differs by machine, so the first few of its
 table are made and timed again here, and the best is kept. NNCF's `quantize_with_accuracy_control` reads the scores of
-the search split, example by example, so it needs no interval and may pass where the others must not. What it leaves in
-floats is stored in 16 bits, as OpenVINO does by default. All are timed in turn with the eager original in this process.
-What lies in the folder already is used again.
+the search split, example by example, so it needs no interval and may pass where the others must not. All are timed in
+turn with the eager original in this process. What lies in the folder already is used again.
 """
 
 from __future__ import annotations
@@ -185,7 +184,7 @@ def _control(name: str, drop: float, workload: Workload, folder: Path) -> float:
         preset=nncf.QuantizationPreset.MIXED,
     )
     (folder / "int8").mkdir(exist_ok=True)
-    openvino.save_model(found, folder / "int8" / "model.xml")
+    openvino.save_model(found, folder / "int8" / "model.xml", compress_to_fp16=False)
     return time.perf_counter() - start
 
 
