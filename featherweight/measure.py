@@ -480,7 +480,7 @@ def shares(artifact: Artifact, inputs: Sequence[np.ndarray], threads: int) -> di
     for kernel in targets.find(artifact.target).profile(artifact.folder, inputs, threads):
         totals[kernel.precision] = totals.get(kernel.precision, 0.0) + kernel.latency_ms
     whole = sum(totals.values())
-    return {precision: total / whole for precision, total in sorted(totals.items())} if whole > 0 else {}
+    return {precision: total / whole for precision, total in sorted(totals.items()) if total > 0}
 
 
 def file_bytes(model: nn.Module) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -244,6 +245,15 @@ def test_every_layer_has_a_time_in_each_precision_or_a_reason(twice, kept, targe
     assert table.latency_ms(shapes["wider"], "int8") == table.entries["fp32", shapes["wider"]]
     heading, *rows = cost_table.in_short(table)
     assert len(rows) == len(table.entries) and all(len(row) == len(heading) for row in rows)
+
+
+@pytest.mark.parametrize("target", targets.installed())
+def test_a_profile_names_each_layer_however_short_it_runs(twice, target, tmp_path):
+    targets.find(target).export(twice.model, twice, tmp_path)
+    kernels = targets.find(target).profile(tmp_path, [twice.example[0].numpy()], 1, runs=50)
+    for name in ("first", "second", "each", "wider"):  # the last is named after the output
+        found = [kernel.kind for kernel in kernels if re.match(rf"{name}[./_]", kernel.name)]
+        assert any("conv" in kind.lower() for kind in found), name
 
 
 def test_what_was_measured_is_not_measured_again(twice, kept, filled, monkeypatch):

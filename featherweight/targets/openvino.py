@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from featherweight.workload import Workload
 
+NOTHING_RUN = ("undef", "unknown")  # implementations of what became part of another operator, and of inputs and views
 NO_BIAS = 1e-20  # zeros would be optimised away
 FLOATS = ["featherweight", "floats"]  # where the graph says in what it computes floats, if not in fp32
 SHAPES_COMPILED = 4  # one static network each; what comes after runs on one network with free shapes
@@ -61,6 +62,7 @@ class OpenVINO(Target):
             ) from error
         for port, value in zip(network.inputs, proto.graph.input, strict=True):
             port.get_tensor().set_names({value.name})
+        name_transposed(network)
         if floats_of(model) == "bfloat16":
             network.set_rt_info("bf16", FLOATS)
             give_masks_rows(network)
@@ -78,8 +80,17 @@ class OpenVINO(Target):
         return [  # the runtime's times are means over all runs
             Kernel(info.node_name, info.node_type, _arithmetic(info.exec_type), info.real_time.total_seconds() * 1e3)
             for info in request.get_profiling_info()
-            if info.status == info.Status.EXECUTED
+            # what takes less than a microsecond is said not to have run: what did not run has no implementation either
+            if info.status == info.Status.EXECUTED or info.exec_type.partition("_")[0] not in NOTHING_RUN
         ]
+
+
+def name_transposed(network: Any) -> None:
+    """Transposed convolutions are named after their layer, where the name went to the sum with their bias."""
+    for node in network.get_ops():
+        readers = list(node.output(0).get_target_inputs()) if "ConvolutionBackpropData" in node.get_type_name() else []
+        if len(readers) == 1 and (reader := readers[0].get_node()).get_type_name() == "Add":
+            node.set_friendly_name(f"{reader.get_friendly_name()}/WithoutBiases")
 
 
 def keep_in_floats(graph: Any) -> None:
