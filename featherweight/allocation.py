@@ -86,7 +86,7 @@ def total_cost(choices: Choices) -> float:
     return sum(option.cost for option in choices.values())
 
 
-def predicted_frontier(options: Sequence[Option], points: int = 12) -> list[dict[str, Option]]:
+def predicted_frontier(options: Sequence[Option], points: int = 36) -> list[dict[str, Option]]:
     """Choices from the least to the most damage, bounds spread evenly on a logarithmic scale; none comes twice."""
     layers = list(dict.fromkeys(option.layer for option in options))
     least, most = (

@@ -3,10 +3,10 @@
 Three rungs, cheapest first. The network as it is on every target, and whole in int8 on those that are not far slower
 than another: the best target is kept. Where bytes count, weights in 4 to 8 bits, as shared values or in factors, layer
 by layer: the smallest that the budget bears, by thirds along what the damage table predicts, and by thirds beyond it,
-distilled; what just failed that is distilled for longer. Where int8 loses too much, int8 with the widest
-ranges, int8 trained by distillation, int8 but for the layers that it harms most, twice as many each time, int8 with
-ranges found while running, and weights alone in 8 bits. Then the best of these with all that stays in floats computed
-in bfloat16, where that can be had.
+distilled by whichever distillation recovers most; what just failed that is distilled for longer. Where int8 loses too
+much, int8 with the widest ranges, int8 trained by distillation, int8 but for the layers that it harms most, twice as
+many each time, int8 with ranges found while running, and weights alone in 8 bits. Then the best of these with all that
+stays in floats computed in bfloat16, where that can be had.
 
 Then shapes, along routes from the whole network to the smallest. First, where sequences are read, fewer positions:
 shorter sequences, or blocks computed for groups of positions, or both. With the fewest that the budget bears, then,
@@ -47,7 +47,7 @@ COMPARED = (
 ROUNDS = 2  # of two shapes each: of channels alone the share is found to LARGEST_SHARE / 3**2
 STORED_ROUNDS = 3  # of two trials each, at most, over ways to store weights, as they are
 TAUGHT_ROUNDS = 2  # at most, over those beyond, distilled
-LONGER_TRIALS = 2  # at most, of those that failed there, distilled for longer
+LONGER_TRIALS = 3  # at most, of those that failed there or lie between, distilled for longer
 FINALISTS = 3  # at most, the shapes that are distilled for long, two of them at first
 TOO_MUCH = 3.0  # times the drop that is allowed, in the mean: more than a long distillation makes up for
 FAILURES = 2  # of finalists in a row after which nothing that fits is expected
@@ -313,28 +313,70 @@ def struggling(facts: Facts, budget: Budget, trials: Sequence[Trial]) -> str | N
 
 def _few_bits(facts: Facts, budget: Budget, target: str) -> Generator[Round, list[Trial], list[tuple[Trial, Numbers]]]:
     """Ways to store each layer, the smallest that the budget bears: as they are, then distilled, which goes further."""
-    tried: list[tuple[Trial, Numbers]] = []
+    course = _Storing(facts, budget, target)
+    as_they_are = yield from course.closing_in(facts.stored, STORED_ROUNDS, {})
+    beyond = facts.stored[course.last(as_they_are) :]
+    briefly = yield from course.closing_in(course.taught(beyond, 1.0), 1, {})
+    if failed := course.failed(briefly):
+        others = yield from course.tried(course.taught([beyond[failed[0] - 1]], 1.0, TEACHINGS[1:]))
+        teaching, briefly[failed[0]] = _best_teaching(briefly[failed[0]], others)
+        briefly = yield from course.closing_in(course.taught(beyond, 1.0, [teaching]), TAUGHT_ROUNDS - 1, briefly)
+        yield from course.for_longer(course.taught(beyond, LONG, [teaching]), briefly)
+    return course.all
 
-    def fitting(ways: Sequence[Numbers], rounds: int) -> Generator[Round, list[Trial], int]:
-        """How many of `ways`, from the first to the last that fits; found by thirds."""
-        known: list[tuple[int, bool]] = []
-        for _ in range(rounds):
-            points = points_to_try(len(ways), known)
-            found = yield from storing([ways[point - 1] for point in points])
-            known += zip(points, (trial.drop_fits(budget) for trial in found), strict=True)
-        return max((point for point, fits in known if fits), default=0)
 
-    def storing(ways: Sequence[Numbers]) -> Generator[Round, list[Trial], list[Trial]]:
-        found = (yield [Recipe(facts.steps(*way), target) for way in ways]) if ways else []
-        tried.extend(zip(found, ways, strict=True))
+@dataclass
+class _Storing:
+    """Ways to store the layers of a network, from the least harmful to the smallest, as far as they were tried."""
+
+    facts: Facts
+    budget: Budget
+    target: str
+    all: list[tuple[Trial, Numbers]] = field(default_factory=list)
+
+    def tried(self, ways: Sequence[Numbers]) -> Generator[Round, list[Trial], list[Trial]]:
+        """What comes of `ways`."""
+        found = (yield [Recipe(self.facts.steps(*way), self.target) for way in ways]) if ways else []
+        self.all.extend(zip(found, ways, strict=True))
         return found
 
-    fits = yield from fitting(facts.stored, STORED_ROUNDS)
-    briefly, long = ([_distilled(way, facts.distil(length)) for way in facts.stored[fits:]] for length in (1.0, LONG))
-    held = yield from fitting(briefly, TAUGHT_ROUNDS)
-    failed = [longer for way, longer in list(zip(briefly, long, strict=True))[held:] if way in [w for _, w in tried]]
-    yield from storing(failed[:LONGER_TRIALS])
-    return tried
+    def taught(self, ways: Sequence[Numbers], length: float, teachings: Sequence[str] = TEACHINGS[:1]) -> list[Numbers]:
+        """`ways`, distilled by each of `teachings`."""
+        return [_distilled(way, self.facts.distil(length, teaching=teaching)) for way in ways for teaching in teachings]
+
+    def closing_in(
+        self, ways: Sequence[Numbers], rounds: int, known: dict[int, Trial]
+    ) -> Generator[Round, list[Trial], dict[int, Trial]]:
+        """Trials of `ways` by their place, from 1, beside those `known`: by thirds to the last that fits."""
+        for _ in range(rounds):
+            points = points_to_try(len(ways), [(point, trial.drop_fits(self.budget)) for point, trial in known.items()])
+            found = yield from self.tried([ways[point - 1] for point in points])
+            known = {**known, **dict(zip(points, found, strict=True))}
+        return known
+
+    def for_longer(self, ways: Sequence[Numbers], briefly: Mapping[int, Trial]) -> Plan:
+        """What just failed, two at once; then the next, or what is halfway between what fits and what does not."""
+        known: dict[int, Trial] = {}
+        while len(known) < LONGER_TRIALS:
+            fits = max(self.last(briefly), self.last(known))
+            # what lost far too much will not fit then either
+            hopeless = [p for p in self.failed(briefly) if _mean_over_allowed(briefly[p], self.budget) > TOO_MUCH]
+            bound = min([*self.failed(known), *hopeless], default=len(ways) + 1)
+            uncertain = [point for point in self.failed(briefly) if fits < point < bound and point not in known]
+            halfway = [(fits + bound) // 2] if fits + 1 < bound <= len(ways) else []
+            points = (uncertain or halfway)[: 1 if known else 2]
+            if not points:
+                return
+            found = yield from self.tried([ways[point - 1] for point in points])
+            known |= dict(zip(points, found, strict=True))
+
+    def last(self, known: Mapping[int, Trial]) -> int:
+        """The place of the last that fits; 0 where none does."""
+        return max((point for point, trial in known.items() if trial.drop_fits(self.budget)), default=0)
+
+    def failed(self, known: Mapping[int, Trial]) -> list[int]:
+        """The places of those beyond it."""
+        return sorted(point for point in known if point > self.last(known))
 
 
 def _distilled(steps: Numbers, distil: Pass) -> Numbers:
