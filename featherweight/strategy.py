@@ -3,10 +3,10 @@
 Three rungs, cheapest first. The network as it is on every target, and whole in int8 on those that are not far slower
 than another: the best target is kept. Where bytes count, weights in 4 to 8 bits, as shared values or in factors, layer
 by layer: the smallest that the budget bears, by thirds along what the damage table predicts, and by thirds beyond it,
-distilled by whichever distillation recovers most; what just failed that is distilled for longer. Where int8 loses too
-much, int8 with the widest ranges, int8 trained by distillation, int8 but for the layers that it harms most, twice as
-many each time, int8 with ranges found while running, and weights alone in 8 bits. Then the best of these with all that
-stays in floats computed in bfloat16, where that can be had.
+distilled; what just failed that, and what lies between, is distilled for longer. Where int8 loses too much, int8 with
+the widest ranges, int8 trained by distillation, int8 but for the layers that it harms most, twice as many each time,
+int8 with ranges found while running, and weights alone in 8 bits. Then the best of these with all that stays in floats
+computed in bfloat16, where that can be had.
 
 Then shapes, along routes from the whole network to the smallest. First, where sequences are read, fewer positions:
 shorter sequences, or blocks computed for groups of positions, or both. With the fewest that the budget bears, then,
@@ -52,6 +52,7 @@ FINALISTS = 3  # at most, the shapes that are distilled for long, two of them at
 TOO_MUCH = 3.0  # times the drop that is allowed, in the mean: more than a long distillation makes up for
 FAILURES = 2  # of finalists in a row after which nothing that fits is expected
 SHORT, LONG = 0.5, 2.0  # how long shapes and finalists are distilled, over `Facts.epochs`
+LONGEST = 4.0  # the same for ways to store: as many steps as shapes get, which are smaller, in twice the time
 TEACHINGS = ("distill_soft", "distill_hard", "distill_features")  # of which one is chosen by what it recovers
 WORTHWHILE = 0.95  # times the cost: what bfloat16 has to save on top of the best numbers, for it loses a little
 HOPELESS = 2.0  # times the cost of the best target, uncompressed: int8 is not tried there
@@ -314,14 +315,10 @@ def struggling(facts: Facts, budget: Budget, trials: Sequence[Trial]) -> str | N
 def _few_bits(facts: Facts, budget: Budget, target: str) -> Generator[Round, list[Trial], list[tuple[Trial, Numbers]]]:
     """Ways to store each layer, the smallest that the budget bears: as they are, then distilled, which goes further."""
     course = _Storing(facts, budget, target)
-    as_they_are = yield from course.closing_in(facts.stored, STORED_ROUNDS, {})
+    as_they_are = yield from course.closing_in(facts.stored, STORED_ROUNDS)
     beyond = facts.stored[course.last(as_they_are) :]
-    briefly = yield from course.closing_in(course.taught(beyond, 1.0), 1, {})
-    if failed := course.failed(briefly):
-        others = yield from course.tried(course.taught([beyond[failed[0] - 1]], 1.0, TEACHINGS[1:]))
-        teaching, briefly[failed[0]] = _best_teaching(briefly[failed[0]], others)
-        briefly = yield from course.closing_in(course.taught(beyond, 1.0, [teaching]), TAUGHT_ROUNDS - 1, briefly)
-        yield from course.for_longer(course.taught(beyond, LONG, [teaching]), briefly)
+    briefly, long = ([_distilled(way, facts.distil(length)) for way in beyond] for length in (1.0, LONGEST))
+    yield from course.for_longer(long, (yield from course.closing_in(briefly, TAUGHT_ROUNDS)))
     return course.all
 
 
@@ -340,22 +337,17 @@ class _Storing:
         self.all.extend(zip(found, ways, strict=True))
         return found
 
-    def taught(self, ways: Sequence[Numbers], length: float, teachings: Sequence[str] = TEACHINGS[:1]) -> list[Numbers]:
-        """`ways`, distilled by each of `teachings`."""
-        return [_distilled(way, self.facts.distil(length, teaching=teaching)) for way in ways for teaching in teachings]
-
-    def closing_in(
-        self, ways: Sequence[Numbers], rounds: int, known: dict[int, Trial]
-    ) -> Generator[Round, list[Trial], dict[int, Trial]]:
-        """Trials of `ways` by their place, from 1, beside those `known`: by thirds to the last that fits."""
+    def closing_in(self, ways: Sequence[Numbers], rounds: int) -> Generator[Round, list[Trial], dict[int, Trial]]:
+        """Trials of `ways` by their place, from 1: by thirds to the last that fits."""
+        known: dict[int, Trial] = {}
         for _ in range(rounds):
             points = points_to_try(len(ways), [(point, trial.drop_fits(self.budget)) for point, trial in known.items()])
             found = yield from self.tried([ways[point - 1] for point in points])
-            known = {**known, **dict(zip(points, found, strict=True))}
+            known |= dict(zip(points, found, strict=True))
         return known
 
     def for_longer(self, ways: Sequence[Numbers], briefly: Mapping[int, Trial]) -> Plan:
-        """What just failed, two at once; then the next, or what is halfway between what fits and what does not."""
+        """What just failed, two of it at once; then more, or what is halfway between what fits and what does not."""
         known: dict[int, Trial] = {}
         while len(known) < LONGER_TRIALS:
             fits = max(self.last(briefly), self.last(known))
@@ -364,7 +356,10 @@ class _Storing:
             bound = min([*self.failed(known), *hopeless], default=len(ways) + 1)
             uncertain = [point for point in self.failed(briefly) if fits < point < bound and point not in known]
             halfway = [(fits + bound) // 2] if fits + 1 < bound <= len(ways) else []
-            points = (uncertain or halfway)[: 1 if known else 2]
+            if known or not uncertain:
+                points = uncertain[len(uncertain) // 2 :][:1] or halfway
+            else:
+                points = [uncertain[place - 1] for place in points_to_try(len(uncertain), [])]
             if not points:
                 return
             found = yield from self.tried([ways[point - 1] for point in points])
