@@ -12,7 +12,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from featherweight.errors import LayerError
-from featherweight.workload import Batch, call, like, outputs, tensors
+from featherweight.workload import Batch, Workload, call, like, outputs, tensors
+
+EXAMPLES, FEWEST = 64, 3  # with which networks are compared, at most and at least
+VALUES = 1 << 24  # of outputs that are compared, at most
 
 
 def damage(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
@@ -39,6 +42,17 @@ def floating_outputs(model: nn.Module, batch: Batch, step: str) -> list[Tensor]:
             f"{step} compares outputs, but the network returns whole numbers alone. Return logits from its forward."
         )
     return found
+
+
+def examples_to_compare(model: nn.Module, workload: Workload, step: str) -> Batch:
+    """One batch of the first EXAMPLES of calibration data; of so few as return VALUES, where each returns many.
+
+    Raises:
+        LayerError: the network returns nothing that can be compared, on behalf of the pass called `step`.
+    """
+    one = floating_outputs(model, first_examples(workload.calibration, 1), step)
+    values = sum(value[0].numel() for value in one)
+    return first_examples(workload.calibration, max(FEWEST, min(EXAMPLES, VALUES // max(values, 1))))
 
 
 def first_examples(batches: Sequence[Batch], count: int) -> Batch:

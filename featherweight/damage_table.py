@@ -25,7 +25,7 @@ from tqdm import tqdm
 from featherweight import passes
 from featherweight.allocation import Option
 from featherweight.artifact import write_text_atomic
-from featherweight.damage import damage, first_examples, floating_outputs
+from featherweight.damage import damage, examples_to_compare, first_examples, floating_outputs
 from featherweight.errors import ArtifactError, LayerError
 from featherweight.passes import Pass
 from featherweight.passes._storing import KINDS
@@ -53,7 +53,6 @@ WAYS: dict[str, Way] = {  # other numbers of bits take no fewer bytes than the n
 }
 FEW, SMALL = 2, 0.005  # ways for layers of less than this share of all bytes, from which nothing is to be had
 FLOAT = "32 bits"
-EXAMPLES = 64  # of calibration data
 
 
 def damage_table(model: nn.Module, workload: Workload, path: Path, key: Mapping[str, Any]) -> list[Option]:
@@ -71,7 +70,7 @@ def damage_table(model: nn.Module, workload: Workload, path: Path, key: Mapping[
         ArtifactError: the file cannot be read or written.
         LayerError: the network returns nothing that can be compared.
     """
-    batch = first_examples(workload.calibration, EXAMPLES)
+    batch = examples_to_compare(model, workload, "the search")
     # of another size, or the same: what `replay` knows are the outputs for the batch
     quick = dataclasses.replace(workload, calibration=[batch], example=first_examples([batch], 2))
     known = {(option.layer, option.choice): option for option in stored_table(path, key)}

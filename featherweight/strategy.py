@@ -8,13 +8,14 @@ the widest ranges, int8 trained by distillation, int8 but for the layers that it
 int8 with ranges found while running, and weights alone in 8 bits. Then the best of these with all that stays in floats
 computed in bfloat16, where that can be had.
 
-Then shapes, along routes from the whole network to the smallest. First, where sequences are read, fewer positions:
-shorter sequences, or blocks computed for groups of positions, or both. With the fewest that the budget bears, then,
-fewer weights: fewer channels, or where alike blocks repeat, as in transformers, fewer blocks, or both. Of several
-routes that is followed which loses least among shapes that would cost the same. Shapes of the route are tried two at a
-time, closing in on the smallest that the budget bears. Each is distilled for a short time, unless all its weights are
-there, and turned to numbers as the second rung found best; of those that just failed, the most promising are distilled
-again from the start, for longer (successive halving with two rungs; Jamieson, Talwalkar 2016, arXiv:1502.07943).
+Then shapes, unless there are smaller ways to store, along routes from the whole network to the smallest. First, where
+sequences are read, fewer positions: shorter sequences, or blocks computed for groups of positions, or both. With the
+fewest that the budget bears, then, fewer weights: fewer channels, or where alike blocks repeat, as in transformers,
+fewer blocks, or both. Of several routes that is followed which loses least among shapes that would cost the same.
+Shapes of the route are tried two at a time, closing in on the smallest that the budget bears. Each is distilled for a
+short time, unless all its weights are there, and turned to numbers as the second rung found best; of those that just
+failed, the most promising are distilled again from the start, for longer (successive halving with two rungs; Jamieson,
+Talwalkar 2016, arXiv:1502.07943).
 
 What is proposed together is tried together, whatever comes of each, so that several workers can make it side by side.
 The loop that tries, and measures what it tried, is `search`'s affair; where the facts come from, that of `facts`.
@@ -146,7 +147,9 @@ class Facts:
         if shape.merged:
             share = shape.merged / (self.merges * DOUBLINGS)
             steps.append(_step("merge_positions", share=round(share, 4), size=LARGEST_GROUP))
-        if shape.thinner or length > SHORT:
+        if place := _taught_before_rounding(numbers):  # once is enough
+            numbers = (*numbers[:place], self.distil(length, shape, teaching), *numbers[place + 1 :])
+        elif shape.thinner or length > SHORT:
             steps.append(self.distil(length, shape, teaching))
         return Recipe(self.steps(*numbers, shape=steps), target)
 
@@ -204,8 +207,15 @@ def plan(facts: Facts, budget: Budget) -> Plan:
     """The whole search, as it would go: yields recipes, a round at a time, and is sent what became of them."""
     if budget.objective == "bytes":
         facts = replace(facts, truncates=False, merges=0)  # which save none
-    if (found := (yield from _settling(facts, budget))) is not None:
+    found = yield from _settling(facts, budget)
+    # what leaves no room for a smaller way to store has none for smaller shapes either
+    if found is not None and not _is_bounded(facts, found[1]):
         yield from _shapes(facts, budget, *found)
+
+
+def _is_bounded(facts: Facts, numbers: Numbers) -> bool:
+    """Whether there are smaller ways to store than the one chosen, which the budget did not bear."""
+    return tuple(step for step in numbers if not _teaches(step)) in facts.stored[:-1]
 
 
 def _settling(facts: Facts, budget: Budget) -> Generator[Round, list[Trial], tuple[str, Numbers] | None]:
@@ -372,6 +382,15 @@ class _Storing:
     def failed(self, known: Mapping[int, Trial]) -> list[int]:
         """The places of those beyond it."""
         return sorted(point for point in known if point > self.last(known))
+
+
+def _taught_before_rounding(numbers: Numbers) -> int:
+    """The place of the distillation that rounding follows; 0 where there is none."""
+    return next((place for place, step in enumerate(numbers[:-1]) if _teaches(step)), 0)
+
+
+def _teaches(step: Pass) -> bool:
+    return step.name() in TEACHINGS
 
 
 def _distilled(steps: Numbers, distil: Pass) -> Numbers:

@@ -323,6 +323,37 @@ def test_ways_to_store_are_taught_for_long_where_briefly_they_just_fail_and_betw
     ]
 
 
+@pytest.mark.parametrize(("fits", "shapes"), [(0, True), (20, False), (30, True)])
+def test_shapes_are_tried_where_there_are_no_smaller_ways_to_store(fits, shapes):
+    def world(recipe: Recipe) -> Trial:
+        places = [WAYS.index((step,)) + 1 for step in recipe.steps if (step,) in WAYS]
+        drop = 0.02 if (places and places[0] > fits) or "prune_channels" in in_words(recipe) else 0.0
+        size = 40_000_000 - sum(1_000_000 * place for place in places)
+        return Trial(recipe, measurement(recipe, drop=drop, drop_upper=drop, bytes=size))
+
+    trials = played(dataclasses.replace(FACTS, stored=WAYS), Budget(0.01, objective="bytes"), world)
+    assert any("prune_channels" in in_words(trial.recipe) for trial in trials) == shapes
+
+
+def test_shapes_are_distilled_once_where_factors_are_distilled_before_they_are_rounded():
+    thin, rounded = build("factorize_svd", {"where": "a"}, "here"), build("quantize_weights", {"bits": 4}, "here")
+
+    def world(recipe: Recipe) -> Trial:
+        taught = any(step.name() == "distill_soft" for step in recipe.steps)
+        drop = 0.02 if (rounded in recipe.steps and not taught) or "prune_channels" in in_words(recipe) else 0.0
+        return Trial(
+            recipe, measurement(recipe, drop=drop, drop_upper=drop, bytes=10 if rounded in recipe.steps else 40)
+        )
+
+    facts = dataclasses.replace(FACTS, stored=((thin, rounded),))
+    trials = played(facts, Budget(0.01, objective="bytes"), world)
+    shaped = [t.recipe.steps for t in trials if "prune_channels" in in_words(t.recipe)]
+    assert shaped and {len(steps) for steps in shaped} == {5}
+    assert all(steps[3].name().startswith("distill_") and steps[4] == rounded for steps in shaped)
+    lengths = [steps[3].settings()["epochs"] for steps in shaped]
+    assert max(lengths) > 3 * min(lengths)  # as long as shapes are, not as numbers are
+
+
 def test_factors_are_distilled_before_they_are_rounded_and_what_has_none_after():
     thin, rounded = build("factorize_svd", {"where": "a"}, "here"), build("quantize_weights", {"bits": 4}, "here")
 

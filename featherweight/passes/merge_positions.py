@@ -33,7 +33,7 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from featherweight.damage import damage, first_examples, floating_outputs
+from featherweight.damage import damage, examples_to_compare, first_examples, floating_outputs
 from featherweight.errors import LayerError
 from featherweight.hooks import Arguments, watch_calls
 from featherweight.passes import Pass
@@ -41,8 +41,6 @@ from featherweight.settings import Range
 from featherweight.surgery import blocks, derive, done, left, matches
 from featherweight.workload import Batch, Workload, call
 
-EXAMPLES = 64  # on which damage is measured, at most
-VALUES = 1 << 24  # of outputs, at most, with which it is
 CLEARLY = 0.8  # times the damage of all in groups: where the first stays alone, as one that stands for the whole must
 ROWS = 3  # of a batch with which it is tried whether a block can be computed so
 FEWEST = 2  # positions in a group
@@ -255,8 +253,7 @@ def least_missed(model: nn.Module, among: Ways, share: float, size: int, workloa
 
     Whether the first position stays alone is the same for all of them.
     """
-    values = sum(value[0].numel() for value in floating_outputs(model, first_examples(workload.calibration, 1), PASS))
-    batch = first_examples(workload.calibration, max(ROWS, min(EXAMPLES, VALUES // values)))
+    batch = examples_to_compare(model, workload, PASS)
     wanted = floating_outputs(model, batch, PASS)
     sizes = sizes_up_to(size)
 
