@@ -6,10 +6,11 @@
 
 Each search is one `featherweight compress`, as a user would call it. The single pass is the one that
 `benchmarks/techniques.py` found with the highest ratio (or the fewest bytes) on any target among those that drop no
-more than the budget at the upper end of their interval. Which is fastest differs by machine, so the first few of its
-table are made and timed again here, and the best is kept. NNCF's `quantize_with_accuracy_control` reads the scores of
-the search split, example by example, so it needs no interval and may pass where the others must not. All are timed in
-turn with the eager original in this process. What lies in the folder already is used again.
+more than the budget at the upper end of their interval. Which is fastest, and which just keeps to the budget, differs
+by machine, so the first few of its table are made and measured again here, and the best is kept. NNCF's
+`quantize_with_accuracy_control` reads the scores of the search split, example by example, so it needs no interval and
+may pass where the others must not. All are timed in turn with the eager original in this process. What lies in the
+folder already is used again.
 """
 
 from __future__ import annotations
@@ -107,14 +108,16 @@ def searched(name: str, objective: str, drop: float, chosen: argparse.Namespace)
 
 
 def alone(name: str, objective: str, drop: float, workload: Workload, chosen: argparse.Namespace) -> list[Made]:
-    """The catalogue's passes by themselves that should be best, made again; which is fastest differs by machine."""
+    """The catalogue's passes by themselves that should be best, made again; which that is differs by machine."""
     fitting = [
         (pace if objective == "latency" else -row.bytes[target], pace, target, row.steps)
         for row in techniques.written(chosen.techniques)
         if row.workload == name and row.steps != "the original" and row.drop_upper <= drop
         for target, pace in row.ratios.items()
     ]
-    best = sorted(fitting, reverse=True)[: SINGLE_PASSES if objective == "latency" else 1]
+    if objective == "bytes":  # targets store much the same
+        fitting = list({entry[-1]: entry for entry in sorted(fitting)}.values())
+    best = sorted(fitting, reverse=True)[:SINGLE_PASSES]
     return [_single(name, target, said, workload, chosen) for *_, target, said in best]
 
 
