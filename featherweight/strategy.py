@@ -357,20 +357,24 @@ class _Storing:
         return known
 
     def for_longer(self, ways: Sequence[Numbers], briefly: Mapping[int, Trial]) -> Plan:
-        """What just failed, two of it at once; then more, or what is halfway between what fits and what does not."""
+        """The two smallest that lack only certainty, then what is halfway from what fits to what does not."""
         known: dict[int, Trial] = {}
         while len(known) < LONGER_TRIALS:
             fits = max(self.last(briefly), self.last(known))
             # what lost far too much will not fit then either
             hopeless = [p for p in self.failed(briefly) if _mean_over_allowed(briefly[p], self.budget) > TOO_MUCH]
             bound = min([*self.failed(known), *hopeless], default=len(ways) + 1)
-            uncertain = [point for point in self.failed(briefly) if fits < point < bound and point not in known]
-            halfway = [(fits + bound) // 2] if fits + 1 < bound <= len(ways) else []
-            if known or not uncertain:
-                points = uncertain[len(uncertain) // 2 :][:1] or halfway
+            failed = [point for point in self.failed(briefly) if fits < point < bound and point not in known]
+            uncertain = [point for point in failed if _may_fit(briefly[point], self.budget)]
+            beyond = (failed or [bound])[0]
+            halfway = (fits + beyond) // 2
+            if uncertain:
+                points = uncertain[-1 if known else -2 :]
+            elif failed and (not known or halfway == fits):
+                points = failed[:1]
+            elif fits < halfway and beyond <= len(ways):
+                points = [halfway]
             else:
-                points = [uncertain[place - 1] for place in points_to_try(len(uncertain), [])]
-            if not points:
                 return
             found = yield from self.tried([ways[point - 1] for point in points])
             known |= dict(zip(points, found, strict=True))
