@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from featherweight import damage_table
+from featherweight import damage, damage_table
 from featherweight.allocation import Option, cheapest, total_cost
 from featherweight.damage_table import FLOAT, WAYS, steps_of
 from featherweight.damage_table import damage_table as table_of
@@ -52,6 +52,13 @@ def test_every_layer_has_every_way_and_bytes_are_those_of_the_encoding(workload,
                 tensors = [layer.weight] if (encoding := encoding_of(layer)) is None else encoding.buffers()
                 found[name.split(".")[0]] += sum(tensor.nbytes for tensor in tensors)
         assert found == {o.layer: o.cost for o in chosen.values()}
+
+
+@pytest.mark.parametrize(("values", "count"), [(1 << 24, 64), (1600, 40), (10, damage.FEWEST)])
+def test_fewer_examples_are_compared_where_each_returns_much(values, count, monkeypatch):
+    workload = Workload(nn.Linear(32, 40), (torch.randn(2, 32),), [(torch.randn(64, 32),)] * 2, lambda predict: 0.0)
+    monkeypatch.setattr(damage, "VALUES", values)
+    assert len(damage.examples_to_compare(workload.model, workload, "here")[0]) == count
 
 
 @pytest.mark.parametrize("kind", ["residual", "transformer"])

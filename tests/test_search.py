@@ -52,7 +52,7 @@ QUICK = [
     ("featherweight.strategy", "ROUNDS", 1),
     ("featherweight.strategy", "TEACHINGS", ("distill_soft",)),
     ("featherweight.strategy", "STORED_ROUNDS", 1),
-    ("featherweight.strategy", "TAUGHT_ROUNDS", 0),
+    ("featherweight.strategy", "TAUGHT_ROUNDS", 1),
     ("featherweight.strategy", "LONGER_TRIALS", 0),
     ("featherweight.strategy", "FINALISTS", 0),
     ("featherweight.knobs", "BATCHES", (1, 4)),
@@ -209,7 +209,8 @@ def test_it_explains_itself(finished):
     kept = [found for found in result.frontier if found.digest not in taken]
     assert said.count("kept to the budget, but is no better") == len(kept)
     assert all(
-        re.search(rf"^  {row['layer']}: .*(int|4 bits|folded|left)", said, re.M) for row in finished[0].best.coverage
+        re.search(rf"^  {row['layer']}: .*(int|codebook|rank|folded|distilled|left)", said, re.M)
+        for row in finished[0].best.coverage
     )
 
 
