@@ -24,11 +24,12 @@ from pathlib import Path
 
 from featherweight import passes
 from featherweight.artifact import build
+from featherweight.candidates import DOUBLINGS, LARGEST_SHARE, LONG, SHORT, SHORTEST, TEACHINGS, Facts, Shape
 from featherweight.errors import FeatherweightError
 from featherweight.facts import facts_of
 from featherweight.measure import Baseline, Measurement, measure
 from featherweight.recipe import Recipe
-from featherweight.strategy import DOUBLINGS, LARGEST_SHARE, LONG, SHORT, SHORTEST, TEACHINGS, Facts, Shape, rungs_of
+from featherweight.strategy import rungs_of
 from featherweight.trials import Budget
 from featherweight.workload import Workload, load
 

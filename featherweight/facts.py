@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from featherweight import passes, targets
+from featherweight.candidates import LARGEST_GROUP, Facts
 from featherweight.errors import FeatherweightError, LayerError, WorkloadError
 from featherweight.measure import machine
 from featherweight.passes.drop_layers import removable
 from featherweight.passes.merge_positions import mergeable
 from featherweight.passes.truncate_inputs import truncatable
 from featherweight.recipe import Recipe, compress_model
-from featherweight.strategy import LARGEST_GROUP, Facts
 from featherweight.workload import Batch, Workload, call, count_batches, raw, tensors
 
 TRAINING_FLOP = 9e12  # of one candidate's distillation: under a minute on two cores

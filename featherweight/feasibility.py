@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from featherweight.candidates import LARGEST_SHARE
 from featherweight.facts import batch_size
 from featherweight.measure import Baseline, Measurement, drop_bounds
-from featherweight.strategy import LARGEST_SHARE
 from featherweight.timing import peak_rss_bytes
 from featherweight.trials import Budget
 from featherweight.workload import Batch, Workload, call, tensors

@@ -16,11 +16,11 @@ from torch import nn
 
 from featherweight import passes
 from featherweight.artifact import write_text_atomic
+from featherweight.candidates import LARGEST_SHARE, Facts, Shape, routes
 from featherweight.cost_table import CostTable, Estimate, corrected_ms, corrections
 from featherweight.errors import ArtifactError
 from featherweight.passes.drop_layers import removable
 from featherweight.recipe import Recipe, compress_model
-from featherweight.strategy import LARGEST_SHARE, Facts, Shape, routes
 from featherweight.workload import Workload
 
 PARTS = 4  # of LARGEST_SHARE, at each of which the table is asked; between them is interpolated

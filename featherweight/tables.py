@@ -16,13 +16,14 @@ from pathlib import Path
 from featherweight import passes, shape_costs
 from featherweight.allocation import predicted_frontier
 from featherweight.artifact import versions_of, write_text_atomic
+from featherweight.candidates import Facts, Shape, shape_of
 from featherweight.cost_table import Predicted, cost_table, write_predictions
 from featherweight.damage_table import damage_table, steps_of
 from featherweight.errors import FeatherweightError, LayerError
 from featherweight.fragile import worst_first
 from featherweight.progress import Progress, Stopwatch
 from featherweight.recipe import Recipe, compress_model
-from featherweight.strategy import Facts, Shape, settled, shape_of, struggling
+from featherweight.strategy import settled, struggling
 from featherweight.trials import COSTS, DAMAGES, FRAGILE, SHAPES, Budget, Settings, Trial, read_json
 from featherweight.workload import Workload
 

@@ -38,6 +38,7 @@ BASELINE, DAMAGES, FRAGILE, SHAPES, COSTS, TRIALS, BEST, RESULT, RECIPE = (
 )  # in the folder
 OBJECTIVES = ("latency", "bytes", "throughput")  # what a search is for
 BOUNDS = {"max_bytes": "bytes", "max_latency_ms": "latency_ms", "max_ram": "peak_rss_bytes"}  # and what they bound
+TOO_MUCH = 3.0  # times the drop that is allowed, in the mean: more than a long distillation makes up for
 DIGEST = "[0-9a-f]{16}"  # what the folder of a trial is called
 
 
@@ -149,6 +150,24 @@ class Trial:
     def drop_fits(self, budget: Budget) -> bool:
         """Whether it keeps enough of the score, whatever it weighs."""
         return self.measurement is not None and budget.excess(self.measurement)["max_drop"] <= 0
+
+    def may_fit(self, budget: Budget) -> bool:
+        """Whether the drop fits, or lacks nothing but certainty, which what is tried on top may have."""
+        return self.drop_fits(budget) or self.over_allowed(budget) <= 1
+
+    def over_allowed(self, budget: Budget) -> float:
+        """The mean drop over that which the budget allows; infinite where none was measured."""
+        if self.measurement is None:
+            return math.inf
+        return self.measurement.drop / max(budget.allowed(self.measurement.original_score), 1e-9)
+
+    def lost_too_much(self, budget: Budget) -> bool:
+        """Whether more is lost than a long distillation makes up for."""
+        return self.over_allowed(budget) > TOO_MUCH
+
+    def cost(self, budget: Budget) -> float:
+        """What is made small; infinite where nothing was measured."""
+        return budget.cost(self.measurement) if self.measurement else math.inf
 
     def accepted(self, budget: Budget) -> bool:
         """Whether it keeps to the whole budget."""

@@ -19,6 +19,7 @@ from torch import nn
 
 from featherweight import making, passes, search, tables
 from featherweight.artifact import open_artifact
+from featherweight.candidates import Facts
 from featherweight.cost_table import stored_predictions
 from featherweight.errors import (
     ArtifactError,
@@ -33,7 +34,6 @@ from featherweight.measure import Measurement
 from featherweight.pools import Pool
 from featherweight.progress import Progress
 from featherweight.recipe import Recipe
-from featherweight.strategy import Facts
 from featherweight.trials import Budget, Settings, Trial, claimed, in_words, read_trials
 from featherweight.workload import Workload, load
 from tests.made_up import measurement
@@ -49,12 +49,12 @@ SMALL = Budget(0.05, objective="bytes")
 
 
 QUICK = [
-    ("featherweight.strategy", "ROUNDS", 1),
-    ("featherweight.strategy", "TEACHINGS", ("distill_soft",)),
-    ("featherweight.strategy", "STORED_ROUNDS", 1),
-    ("featherweight.strategy", "TAUGHT_ROUNDS", 1),
-    ("featherweight.strategy", "LONGER_TRIALS", 0),
-    ("featherweight.strategy", "FINALISTS", 0),
+    ("featherweight.shaping", "ROUNDS", 1),
+    ("featherweight.shaping", "TEACHINGS", ("distill_soft",)),
+    ("featherweight.storing", "STORED_ROUNDS", 1),
+    ("featherweight.storing", "TAUGHT_ROUNDS", 1),
+    ("featherweight.storing", "LONGER_TRIALS", 0),
+    ("featherweight.shaping", "FINALISTS", 0),
     ("featherweight.knobs", "BATCHES", (1, 4)),
     ("featherweight.knobs", "ROUNDS", 3),
     ("featherweight.knobs", "ROUND_SECONDS", 0.01),

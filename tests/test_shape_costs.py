@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 
 from featherweight import shape_costs
+from featherweight.candidates import Facts, Shape
 from featherweight.cost_table import CostTable, candidates, shapes_of
 from featherweight.errors import ArtifactError
-from featherweight.strategy import Facts, Shape
 from featherweight.testing import networks
 
 TARGET = "onnxruntime"

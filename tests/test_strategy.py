@@ -6,11 +6,12 @@ import dataclasses
 
 import pytest
 
-from featherweight import strategy
+from featherweight import candidates, shaping, storing, strategy
+from featherweight.candidates import Facts, Shape
 from featherweight.passes import build
 from featherweight.passes.merge_positions import MergePositions
 from featherweight.recipe import Recipe
-from featherweight.strategy import Facts, Shape, next_recipes
+from featherweight.strategy import next_recipes
 from featherweight.trials import Budget, Trial, best_of, in_words
 from tests.made_up import measurement
 
@@ -103,7 +104,7 @@ def test_ladder_then_thirds_towards_the_largest_share_that_holds_then_finalists(
     assert words(trials)[:2] == [f"fold_batchnorm on {TARGET}", f"fold_batchnorm + quantize_static on {TARGET}"]
     assert words(trials)[2] == f"prune_channels 0.2667 + distill_soft + fold_batchnorm + quantize_static on {TARGET}"
     assert shares(trials) == [0.2667, 0.5333, 0.3556, 0.4444, 0.5333, 0.4889, 0.5111]
-    assert lengths(trials) == [strategy.SHORT] * 4 + [strategy.LONG] * 3
+    assert lengths(trials) == [candidates.SHORT] * 4 + [candidates.LONG] * 3
     best = best_of(trials, Budget(0.01))
     assert best and best.recipe.steps[0].settings()["share"] == 0.4889
 
@@ -129,7 +130,7 @@ class Taught(World):
 def test_of_shapes_that_just_failed_the_nearest_two_are_taught_for_long_and_then_a_third():
     trials = played(FACTS, Budget(0.01), Taught(breaks_at=0.2, further=0.4))
     assert shares(trials)[:4] == [0.2667, 0.5333, 0.0889, 0.1778]
-    assert shares(trials)[4:] == [0.2667, 0.5333] and lengths(trials)[4:] == [strategy.LONG] * 2
+    assert shares(trials)[4:] == [0.2667, 0.5333] and lengths(trials)[4:] == [candidates.LONG] * 2
     best = best_of(trials, Budget(0.01))
     assert best and best.recipe.steps[0].settings()["share"] == 0.5333
     world = Taught(breaks_at=0.05, further=0.3)
@@ -152,7 +153,7 @@ def test_the_cheapest_whose_mean_keeps_to_the_budget_is_taught_for_long_first_ho
         return Trial(recipe, measurement(recipe, drop=drop, drop_upper=upper, latency_ms=latency))
 
     trials = played(FACTS, Budget(0.01), world)
-    taught = [share for share, length in zip(shares(trials), lengths(trials), strict=True) if length == strategy.LONG]
+    taught = [share for share, length in zip(shares(trials), lengths(trials), strict=True) if length == candidates.LONG]
     assert taught == [0.2667, 0.4, 0.3333]  # what is beyond loses far too much: halfway to it, twice
 
 
@@ -180,7 +181,7 @@ def test_a_target_that_fails_is_left_alone():
     facts = dataclasses.replace(FACTS, targets=("onnxruntime", "openvino"))
     trials = played(facts, Budget(0.01), lambda r: Trial(r, None, "no") if r.target == "openvino" else world(r))
     assert [trial.recipe.target for trial in trials].count("openvino") == 1
-    assert len(shares(trials)) == 2 * strategy.ROUNDS + strategy.FINALISTS
+    assert len(shares(trials)) == 2 * shaping.ROUNDS + shaping.FINALISTS
 
 
 def test_when_nothing_can_be_exported_there_is_nothing_to_search():
@@ -277,7 +278,7 @@ def test_for_bytes_the_smallest_ways_to_store_that_the_budget_bears_are_found_by
     taught = [(epochs(t.recipe), STORED.index((t.recipe.steps[1],))) for t in trials if epochs(t.recipe)]
     briefly, long = ([index for length, index in taught if length == wanted] for wanted in (2.0, 8.0))
     assert len(briefly) <= 4 and all(index > last for index in briefly) and bool(briefly) == (last < 5)
-    assert len(long) <= strategy.LONGER_TRIALS and all(last + 2 < index for index in long)
+    assert len(long) <= storing.LONGER_TRIALS and all(last + 2 < index for index in long)
     best = best_of(trials, Budget(0.01, objective="bytes"))
     found = [step for step in best.recipe.steps if step.name() == "quantize_weights"]
     assert found == [STORED[min(last + 3, 5)][0]]
@@ -331,7 +332,7 @@ def test_ways_to_store_are_taught_for_long_where_briefly_they_just_fail_and_betw
     assert ways_tried(drop_of) == [
         *((place, 0.0) for place in untaught),
         *((place, 1.0) for place in briefly),
-        *((place, strategy.LONGEST) for place in long),
+        *((place, storing.LONGEST) for place in long),
     ]
 
 
@@ -396,7 +397,7 @@ BLOCKS = dataclasses.replace(FACTS, folds=False, blocks=6)
 
 def shapes(trials: list[Trial]) -> list[Shape]:
     """Of those that are distilled by soft labels and have one, in the order in which they were tried."""
-    found = [strategy.shape_of(BLOCKS, t.recipe) for t in trials if "distill_soft" in in_words(t.recipe)]
+    found = [candidates.shape_of(BLOCKS, t.recipe) for t in trials if "distill_soft" in in_words(t.recipe)]
     return [shape for shape in found if shape is not None]
 
 
@@ -404,7 +405,7 @@ def by_shape(bears) -> World:
     """A world in which the budget bears the shapes that `bears` says, and others the less the more channels go."""
 
     def world(recipe: Recipe) -> Trial:
-        shape = strategy.shape_of(BLOCKS, recipe)
+        shape = candidates.shape_of(BLOCKS, recipe)
         trial = World(breaks_at=1.0)(recipe)
         if shape is None or bears(shape):
             return trial
@@ -421,9 +422,9 @@ def test_of_three_routes_to_the_same_cost_the_one_that_loses_least_is_followed()
     assert found[:3] == [Shape(0.2963), Shape(0.1593, 1), Shape(0.0, 2)]
     assert found[3:5] == [Shape(0.0, 3), Shape(0.0, 4)]
     best = best_of(trials, Budget(0.01))
-    assert best and strategy.shape_of(BLOCKS, best.recipe) == Shape(0.0, 3)
+    assert best and candidates.shape_of(BLOCKS, best.recipe) == Shape(0.0, 3)
     taught = [step for trial in trials[2:] for step in trial.recipe.steps if step.name().startswith("distill_")]
-    assert all(step.settings()["lr"] == strategy.PLAIN_LR for step in taught)
+    assert all(step.settings()["lr"] == candidates.PLAIN_LR for step in taught)
     channels = shapes(played(BLOCKS, Budget(0.01), by_shape(lambda shape: not shape.dropped and shape.share < 0.6)))
     assert channels[3:5] == [Shape(0.4667), Shape(0.6296)]
 
@@ -439,13 +440,15 @@ def test_sequences_get_shorter_where_that_loses_least_and_networks_with_all_thei
 
     facts = dataclasses.replace(BLOCKS, truncates=True)
     trials = played(facts, Budget(0.01), world)
-    tried = [(shape, "distill" in in_words(t.recipe)) for t in trials if (shape := strategy.shape_of(BLOCKS, t.recipe))]
+    tried = [
+        (shape, "distill" in in_words(t.recipe)) for t in trials if (shape := candidates.shape_of(BLOCKS, t.recipe))
+    ]
     cuts = [(0.25, False), (0.5, False), (0.3333, False), (0.4167, False), (0.5, True), (0.4167, True)]
     assert tried[: len(cuts)] == [(Shape(0.0, cut=cut), taught) for cut, taught in cuts]
     others = [shape for shape, _ in tried[len(cuts) :]]
     assert others and all(shape.thinner and shape.cut == 0.5 for shape in others[:3])
     best = best_of(trials, Budget(0.01))
-    assert best and strategy.shape_of(BLOCKS, best.recipe) == Shape(0.0, cut=0.5)
+    assert best and candidates.shape_of(BLOCKS, best.recipe) == Shape(0.0, cut=0.5)
     stored = played(facts, Budget(0.01, objective="bytes"), world)
     assert not [t for t in stored if "truncate_inputs" in in_words(t.recipe)]
 
@@ -456,14 +459,14 @@ def test_routes_that_may_fit_are_compared_again_where_half_is_gone(unsure):
     facts = dataclasses.replace(BLOCKS, truncates=True, merges=6)
 
     def world(recipe: Recipe) -> Trial:
-        shape = strategy.shape_of(facts, recipe) or Shape(0.0)
+        shape = candidates.shape_of(facts, recipe) or Shape(0.0)
         trial = World(static_drop=0.0, breaks_at=1.0)(recipe)
         left = facts.kept(shape)
         worse = 0.0 if left > 0.6 else (0.02 * shape.share + 0.002 * shape.merged + 0.008 * shape.cut) * (1 - left)
         upper = worse + unsure * (0.6 < left < 1)
         return Trial(recipe, dataclasses.replace(trial.measurement, drop=worse, drop_upper=upper))
 
-    found = [strategy.shape_of(facts, t.recipe) for t in played(facts, Budget(0.01), world)]
+    found = [candidates.shape_of(facts, t.recipe) for t in played(facts, Budget(0.01), world)]
     tried = [shape for shape in found if shape]
     first, second = tried[:3], tried[3:6]
     assert all(facts.kept(shape) > 0.6 for shape in first) and all(0.4 < facts.kept(shape) < 0.6 for shape in second)
@@ -476,7 +479,7 @@ def test_blocks_are_computed_for_pairs_of_positions_and_then_for_fours():
     facts = dataclasses.replace(BLOCKS, blocks=8, merges=4)
 
     def world(recipe: Recipe) -> Trial:
-        shape = strategy.shape_of(facts, recipe) or Shape(0.0)
+        shape = candidates.shape_of(facts, recipe) or Shape(0.0)
         drop = 0.0 if shape.merged <= 6 and not shape.thinner else 0.02
         return Trial(recipe, measurement(recipe, drop=drop, drop_upper=drop, latency_ms=facts.kept(shape)))
 
@@ -485,8 +488,8 @@ def test_blocks_are_computed_for_pairs_of_positions_and_then_for_fours():
     assert best and best.recipe.steps[0] == MergePositions(share=0.75, size=4)
     for level in range(9):
         shape = Shape(0.0, merged=level)
-        recipe = facts.candidate(TARGET, (), shape, strategy.SHORT)
-        assert strategy.shape_of(facts, recipe) == (shape if level else None)
+        recipe = facts.candidate(TARGET, (), shape, candidates.SHORT)
+        assert candidates.shape_of(facts, recipe) == (shape if level else None)
     assert facts.kept(Shape(0.0, merged=4)) == 0.75 and facts.kept(Shape(0.0, merged=8)) == 0.625
 
 
@@ -495,7 +498,7 @@ def test_a_second_finalist_is_taught_where_the_first_did_not_fit_and_nothing_els
     taught, thinned = [], set()
 
     def world(recipe: Recipe) -> Trial:
-        shape = strategy.shape_of(facts, recipe) or Shape(0.0)
+        shape = candidates.shape_of(facts, recipe) or Shape(0.0)
         long = any(step.name() == "distill_soft" for step in recipe.steps)
         if long and shape.merged and not shape.thinner:
             taught.append(shape.merged)
@@ -507,7 +510,7 @@ def test_a_second_finalist_is_taught_where_the_first_did_not_fit_and_nothing_els
         return Trial(recipe, found)
 
     best = best_of(played(facts, Budget(0.01), world), Budget(0.01))
-    assert best and strategy.shape_of(facts, best.recipe) == Shape(0.0, merged=2)
+    assert best and candidates.shape_of(facts, best.recipe) == Shape(0.0, merged=2)
     assert taught == [3, 2] and thinned == {2}  # weights go from there
 
 
@@ -530,18 +533,18 @@ def test_routes_become_smaller_from_shape_to_shape_and_end_where_little_is_left(
         (8, False, 4, (3, 1)),
     ):
         facts = dataclasses.replace(BLOCKS, blocks=blocks, truncates=truncates, merges=merges)
-        found = strategy.routes(facts), strategy.routes_of_positions(facts)
+        found = candidates.routes(facts), candidates.routes_of_positions(facts)
         assert tuple(map(len, found)) == counts
-        for route in (*found[0], *found[1], *strategy.routes(facts, Shape(0.0, cut=0.5))):
+        for route in (*found[0], *found[1], *candidates.routes(facts, Shape(0.0, cut=0.5))):
             kept = [facts.kept(shape) for shape in route]
             assert kept == sorted(kept, reverse=True) and len(set(route)) == len(route)
             assert kept[0] < 1 and kept[-1] > 0.09
-        assert {shape.cut for route in strategy.routes(facts, Shape(0.0, cut=0.5)) for shape in route} == {0.5}
+        assert {shape.cut for route in candidates.routes(facts, Shape(0.0, cut=0.5)) for shape in route} == {0.5}
 
 
 def test_the_target_and_the_numbers_are_settled_before_shapes_are_tried():
     trials = played(FACTS, Budget(0.01), World())
-    until = next(n for n, trial in enumerate(trials) if strategy.shape_of(FACTS, trial.recipe))
+    until = next(n for n, trial in enumerate(trials) if candidates.shape_of(FACTS, trial.recipe))
     assert strategy.settled(FACTS, Budget(0.01), trials[: until - 1]) is None
     target, numbers = strategy.settled(FACTS, Budget(0.01), trials[:until])
     assert target == TARGET and [step.name() for step in numbers] == ["quantize_static"]
@@ -560,7 +563,7 @@ def test_the_distillation_that_recovers_most_is_chosen_on_the_first_share_that_f
         for step in trial.recipe.steps
         if step.name().startswith("distill_")
     ]
-    soft, hard, features = strategy.TEACHINGS
+    soft, hard, features = candidates.TEACHINGS
     assert kinds[:4] == [(soft, 0.2667), (soft, 0.5333), (hard, 0.5333), (features, 0.5333)]
     assert kinds[4:6] == [(hard, 0.6222), (hard, 0.7111)] and {kind for kind, _ in kinds[6:]} == {hard}
     everywhere = played(FACTS, Budget(0.01), World(breaks_at=1.0))

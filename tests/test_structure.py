@@ -52,6 +52,7 @@ LAYERS = (
     {
         "allocation",
         "behaviour",
+        "candidates",
         "cost_table",
         "damage_table",
         "facts",
@@ -63,6 +64,8 @@ LAYERS = (
         "result",
         "search",
         "shape_costs",
+        "shaping",
+        "storing",
         "strategy",
         "tables",
         "trials",

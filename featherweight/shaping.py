@@ -1,0 +1,185 @@
+"""Shapes: the smallest that the budget bears, along the most promising route.
+
+First, where sequences are read, fewer positions: shorter sequences, or blocks computed for groups of positions, or
+both. With the fewest that the budget bears, then, fewer weights: fewer channels, or where alike blocks repeat, as in
+transformers, fewer blocks, or both. Of several routes that is followed which loses least among shapes that would cost
+the same. Shapes of the route are tried two at a time, closing in on the smallest that the budget bears. Each is
+distilled for a short time, unless all its weights are there, and turned to numbers that were found before; of those
+that just failed, the most promising are distilled again from the start, for longer (successive halving with two rungs;
+Jamieson, Talwalkar 2016, arXiv:1502.07943). What shapes and routes there are, `candidates` says.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from featherweight.candidates import (
+    LONG,
+    SHORT,
+    TEACHINGS,
+    Facts,
+    Numbers,
+    Plan,
+    Round,
+    Route,
+    Shape,
+    points_to_try,
+    routes,
+    routes_of_positions,
+)
+from featherweight.trials import Budget, Trial
+
+COMPARED = (
+    0.7  # of what the whole network costs: where routes are compared, and those that fit there again at its square
+)
+ROUNDS = 2  # of two shapes each: of channels alone the share is found to LARGEST_SHARE / 3**2
+FINALISTS = 3  # at most, the shapes that are distilled for long, two of them at first
+FAILURES = 2  # of finalists in a row after which nothing that fits is expected
+
+
+def shapes(facts: Facts, budget: Budget, target: str, numbers: Numbers) -> Plan:
+    """The fewest positions that the budget bears, then with those the fewest weights.
+
+    Each time along the most promising route, and then the finalists.
+    """
+    course = _Course(facts, budget, target, numbers)
+    base = Shape(0.0)
+    if ways := routes_of_positions(facts):
+        yield from course.followed(ways, base)
+        base = course.best() or base
+    yield from course.followed(routes(facts, base), base)
+
+
+@dataclass
+class _Course:
+    """Shapes tried so far, briefly and, as finalists, for long, and the distillation by which they are taught."""
+
+    facts: Facts
+    budget: Budget
+    target: str
+    numbers: Numbers
+    tried: dict[Shape, Trial] = field(default_factory=dict)
+    finals: dict[Shape, Trial] = field(default_factory=dict)
+    teaching: str = TEACHINGS[0]
+
+    def taught(self, shapes: Sequence[Shape], length: float) -> Generator[Round, list[Trial], dict[Shape, Trial]]:
+        """What comes of `shapes`, distilled for `length`; those with all their weights are not when that is short."""
+        batch = [self.facts.candidate(self.target, self.numbers, shape, length, self.teaching) for shape in shapes]
+        return dict(zip(shapes, (yield batch), strict=True))
+
+    def best(self) -> Shape | None:
+        """The shape that fits and costs least."""
+        trials = [*self.tried.items(), *self.finals.items()]
+        fitting = [(t.cost(self.budget), n) for n, (_, t) in enumerate(trials) if t.drop_fits(self.budget)]
+        return trials[min(fitting)[1]][0] if fitting else None
+
+    def followed(self, ways: Sequence[Route], base: Shape) -> Plan:
+        """The smallest shape along the most promising of `ways`, each taught for a short time; then the finalists."""
+        facts, budget = self.facts, self.budget
+        first = yield from self.taught(_to_begin_with(facts, ways, COMPARED * facts.pace(base)), SHORT)
+        self.tried |= first
+        if all(trial.measurement is None for trial in first.values()):
+            return  # what cannot be made smaller by any of them cannot at all
+        fitting = [way for way in ways if any(shape in first and first[shape].may_fit(budget) for shape in way)]
+        compared = first
+        if len(fitting) > 1:  # which of them leads further, shapes from which more is gone tell better
+            compared = yield from self.taught(_to_begin_with(facts, fitting, COMPARED**2 * facts.pace(base)), SHORT)
+            self.tried |= compared
+        route = min(
+            fitting or ways, key=lambda way: min((_drop(compared[s]) for s in way if s in compared), default=math.inf)
+        )
+        yield from self._raced([shape for shape in route if shape in self.tried])
+        for _ in range(ROUNDS - 1):
+            known = [(point, self.tried[s].drop_fits(budget)) for point, s in enumerate(route, 1) if s in self.tried]
+            shapes = [route[point - 1] for point in points_to_try(len(route), known)]
+            self.tried |= yield from self.taught(shapes, SHORT)
+        left = FINALISTS
+        while left and (self.best() or FINALISTS - left < FAILURES):
+            count = 2 if left == FINALISTS else 1
+            if not (shapes := _finalists(route, self.tried, self.finals, budget, count)):
+                break
+            self.finals |= yield from self.taught(shapes, LONG)
+            left -= len(shapes)
+
+    def _raced(self, shapes: Sequence[Shape]) -> Plan:
+        """The first shape that failed is taught in the other ways, too, once weights are gone; the best way is kept."""
+        raced = _first_to_fail(shapes, self.tried, self.budget)
+        if raced.thinner:  # else it was not distilled yet
+            others = yield [
+                self.facts.candidate(self.target, self.numbers, raced, SHORT, kind) for kind in TEACHINGS[1:]
+            ]
+            self.teaching, self.tried[raced] = _best_teaching(self.tried[raced], others)
+
+
+def _to_begin_with(facts: Facts, ways: Sequence[Route], pace: float) -> list[Shape]:
+    """Two shapes of the only route; of several, one of each that would cost `pace` of the whole network, about."""
+    if len(ways) == 1:
+        return [ways[0][point - 1] for point in points_to_try(len(ways[0]), [])]
+    return list(dict.fromkeys(min(way, key=lambda shape: abs(facts.pace(shape) - pace)) for way in ways))
+
+
+def _first_to_fail(shapes: Sequence[Shape], tried: Mapping[Shape, Trial], budget: Budget) -> Shape:
+    """The largest network that loses too much; the smallest where none does."""
+    return next((shape for shape in shapes if not tried[shape].drop_fits(budget)), shapes[-1])
+
+
+def _drop(trial: Trial) -> float:
+    return trial.measurement.drop if trial.measurement else math.inf
+
+
+def _best_teaching(first: Trial, others: Sequence[Trial]) -> tuple[str, Trial]:
+    """The distillation that left the smallest drop on one and the same shape, and its trial; the first where even."""
+    found = [
+        (trial.measurement.drop, name, trial)
+        for name, trial in zip(TEACHINGS, (first, *others), strict=True)
+        if trial.measurement
+    ]
+    if not found:
+        return TEACHINGS[0], first
+    _, name, trial = min(found, key=lambda item: item[0])
+    return name, trial
+
+
+def _finalists(
+    route: Route, tried: Mapping[Shape, Trial], finals: Mapping[Shape, Trial], budget: Budget, count: int
+) -> list[Shape]:
+    """Shapes to distil for long, of those that would cost less than the best.
+
+    What comes later on the route costs less, whatever was measured: neighbours differ by less than noise. First the
+    cheapest whose mean drop keeps to the budget, so that only certainty lacks. Where a finalist of the route did not
+    fit that is smaller than the best, or all that are smaller lose far too much: halfway to the next of them. Else
+    `count` that lack least.
+    """
+    known = {**tried, **finals}
+    fitting = {shape: trial for shape, trial in known.items() if trial.drop_fits(budget)}
+    best = min(fitting, key=lambda shape: fitting[shape].cost(budget), default=None)
+    points = {shape: point for point, shape in enumerate(route)}
+
+    def halfway(shapes: Iterable[Shape]) -> list[Shape]:
+        """Between the best and the next that did not fit; nothing where that was tried."""
+        beyond = [points[s] for s in shapes if best in points and points.get(s, -1) > points[best]]
+        middle = [route[(points[best] + min(beyond)) // 2]] if best and beyond else []
+        return [shape for shape in middle if shape not in known]
+
+    if best in points and any(points.get(s, -1) > points[best] for s in finals if s not in fitting):
+        return halfway(s for s in finals if s not in fitting)
+    least = fitting[best].cost(budget) if best else math.inf
+
+    def is_cheaper(shape: Shape, trial: Trial) -> bool:
+        if best in points and shape in points:
+            return points[shape] > points[best]
+        return trial.cost(budget) < least
+
+    lacking = {
+        shape: budget.excess(trial.measurement)["max_drop"]
+        for shape, trial in tried.items()
+        if shape not in finals and trial.measurement and is_cheaper(shape, trial)
+    }
+    if uncertain := [shape for shape in lacking if tried[shape].may_fit(budget)]:
+        cost = {shape: (-points.get(shape, -1), tried[shape].cost(budget)) for shape in uncertain}
+        return [min(uncertain, key=lambda shape: cost[shape])]
+    if best in finals and all(tried[shape].lost_too_much(budget) for shape in lacking):
+        return halfway(lacking)
+    return sorted(lacking, key=lambda shape: lacking[shape])[:count]
