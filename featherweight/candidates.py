@@ -25,6 +25,7 @@ LARGEST_GROUP = 2**DOUBLINGS
 POINTS = 108  # of a route; so many that thirds of thirds, and halves of those, are among them
 SHORT, LONG = 0.5, 2.0  # how long shapes and finalists are distilled, over `Facts.epochs`
 TEACHINGS = ("distill_soft", "distill_hard", "distill_features")  # of which one is chosen by what it recovers
+LABELLED = 0.5  # the share of the true labels in what soft distillation teaches, where there are some
 NORMED_LR, PLAIN_LR = 0.005, 0.001  # of networks with batch norms, also once those are folded (LOG.md), and without
 
 Numbers = tuple[Pass, ...]  # the last steps of a recipe, which turn weights into numbers of few bits
@@ -47,6 +48,8 @@ class Facts:
         multiples: by target, the number of which channel counts should be multiples.
         stored: steps that store weights in fewer bits layer by layer, from the least harmful to the smallest, as the
             damage table predicts; where bytes are what is made small.
+        factored: those of `stored` of which factors do most of the harm that is predicted.
+        labels: whether the data to train on tells the true labels, too.
         precision: in which candidates compute while they are distilled.
         bfloat16: targets that may be told to compute in it what stays in floats, as this machine can.
         paces: what shapes would cost over what the whole network costs, as the cost table predicts.
@@ -62,6 +65,8 @@ class Facts:
     merges: int = 0
     multiples: Mapping[str, int] = field(default_factory=dict)
     stored: tuple[tuple[Pass, ...], ...] = ()
+    factored: frozenset[tuple[Pass, ...]] = frozenset()
+    labels: bool = False
     precision: str = "float32"
     bfloat16: tuple[str, ...] = ()
     paces: Mapping[Shape, float] = field(default_factory=dict)
@@ -80,7 +85,8 @@ class Facts:
         """
         epochs = float(f"{length * self.epochs * 4 / (1 + 3 * (1.0 if shape is None else self.kept(shape))):.2g}")
         lr = NORMED_LR if self.folds else PLAIN_LR
-        return build_step(teaching, epochs=epochs, lr=lr, precision=self.precision)
+        labels = {"alpha": LABELLED} if self.labels and teaching == "distill_soft" else {}
+        return build_step(teaching, epochs=epochs, lr=lr, precision=self.precision, **labels)
 
     def lost(self, shape: Shape) -> float:
         """The share of the blocks that a shape lacks."""
@@ -106,6 +112,12 @@ class Facts:
         shares, paces = zip(*known, strict=True)
         whole = float(np.interp(shape.share, np.array(shares), np.array(paces)))
         return whole * (1 - shape.cut) * self.shared(shape)
+
+    def taught(self, stored: Numbers, length: float) -> Numbers:
+        """A way to store with a distillation of what does most of the harm: of factors, or of what was rounded."""
+        factors = sum(step.name() == "factorize_svd" for step in stored)  # which come first
+        place = factors if stored in self.factored else len(stored)
+        return (*stored[:place], self.distil(length), *stored[place:])
 
     def candidate(
         self, target: str, numbers: Numbers, shape: Shape, length: float, teaching: str = TEACHINGS[0]
@@ -214,12 +226,6 @@ def _taught_before_rounding(numbers: Numbers) -> int:
 def teaches(step: Pass) -> bool:
     """Whether a step is one of the distillations that a search chooses from."""
     return step.name() in TEACHINGS
-
-
-def distilled(steps: Numbers, distil: Pass) -> Numbers:
-    """With a distillation where it repairs most: of factors before they are rounded, else of what was rounded."""
-    factors = sum(step.name() == "factorize_svd" for step in steps)  # which come first
-    return (*steps[:factors], distil, *steps[factors:]) if factors else (*steps, distil)
 
 
 def build_step(name: str, **settings: Any) -> Pass:

@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from featherweight import passes, targets
-from featherweight.candidates import LARGEST_GROUP, Facts
+from featherweight.candidates import LABELLED, LARGEST_GROUP, Facts
 from featherweight.errors import FeatherweightError, LayerError, WorkloadError
 from featherweight.measure import machine
+from featherweight.passes.distill_soft import DistillSoft
 from featherweight.passes.drop_layers import removable
 from featherweight.passes.merge_positions import mergeable
 from featherweight.passes.truncate_inputs import truncatable
 from featherweight.recipe import Recipe, compress_model
+from featherweight.training import parted
 from featherweight.workload import Batch, Workload, call, count_batches, raw, tensors
 
 TRAINING_FLOP = 9e12  # of one candidate's distillation: under a minute on two cores
@@ -43,6 +45,7 @@ def facts_of(workload: Workload, names: Sequence[str]) -> Facts:
         truncates=truncatable(workload.start, workload),
         merges=len(mergeable(workload.start, workload, LARGEST_GROUP)),
         multiples={name: targets.find(name).width_multiple for name in names},
+        labels=_has_labels(workload),
         precision=_precision(kinds),
         bfloat16=tuple(name for name in names if _computes_in_bfloat16(name)),
     )
@@ -91,6 +94,21 @@ def _epochs(workload: Workload) -> float:
     forward = counter.get_total_flops() / tensors(batch)[0].shape[0] * batch_size(first)
     steps = TRAINING_FLOP / max(4 * forward, 1.0)  # forward, backward twice that, and the teacher's forward
     return float(f"{min(max(steps, FEWEST_STEPS), MOST_STEPS) / length:.2g}")
+
+
+def _has_labels(workload: Workload) -> bool:
+    """Whether the data to train on tells the true labels of what the network returns as logits."""
+    if workload.train is None or (first := next(iter(workload.train), None)) is None:
+        return False
+    batch, target = parted(first)
+    if target is None:
+        return False
+    try:
+        with torch.no_grad():
+            DistillSoft(alpha=LABELLED).lesson(workload.start, workload).loss(batch, target)
+    except Exception:  # the first distillation without labels will say what else is wrong
+        return False
+    return True
 
 
 def batch_size(item: Any) -> int:

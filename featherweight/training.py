@@ -321,7 +321,7 @@ def _batches(data: Iterable[Any], example: Batch, step: str) -> Iterator[tuple[B
     while True:
         count = 0
         for count, item in enumerate(data, 1):  # noqa: B007
-            batch, target = _parted(item)
+            batch, target = parted(item)
             yield _checked(batch, example, step), target
         if not count:
             raise WorkloadError(
@@ -330,7 +330,8 @@ def _batches(data: Iterable[Any], example: Batch, step: str) -> Iterator[tuple[B
             )
 
 
-def _parted(item: Any) -> tuple[Any, Any]:
+def parted(item: Any) -> tuple[Any, Any]:
+    """What `train` yields as a batch and its target, None where it has none."""
     pair = isinstance(item, (tuple, list)) and len(item) == 2 and isinstance(item[0], (tuple, list, Mapping))
     return (item[0], item[1]) if pair else (item, None)
 

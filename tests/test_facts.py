@@ -88,6 +88,32 @@ def test_length_of_training_is_known_whatever_train_holds(train):
     assert known.facts_of(workload_of(nn.Linear(8, 2), train=train), (TARGET,)).epochs > 0
 
 
+@pytest.mark.parametrize(
+    ("target", "labels"),
+    [
+        (torch.tensor([0, 1, 1, -100]), True),
+        (torch.tensor([0, 1, 1, 2]), False),  # there are two classes
+        (torch.zeros(4), False),
+        (torch.zeros(3, dtype=torch.long), False),
+        (None, False),
+        ("none", False),
+    ],
+)
+def test_labels_are_known_where_train_tells_them_of_the_logits(target, labels):
+    train = [((torch.zeros(4, 8),), target)]
+    assert known.facts_of(workload_of(nn.Linear(8, 2), train=train), (TARGET,)).labels is labels
+
+
+def test_there_are_no_labels_of_what_is_no_logits_nor_without_training_data():
+    regression = nn.Sequential(nn.Linear(8, 2), nn.LayerNorm(2))
+    train = [((torch.zeros(4, 8),), torch.zeros(4, dtype=torch.long))]
+    assert not known.facts_of(workload_of(regression, train=train), (TARGET,)).labels
+    assert not known.facts_of(workload_of(nn.Linear(8, 2)), (TARGET,)).labels
+    assert not known.facts_of(
+        workload_of(nn.Linear(8, 2), train=[((torch.zeros(4, 9),), train[0][1])]), (TARGET,)
+    ).labels
+
+
 def test_fingerprint_tells_workloads_apart():
     one, two = nn.Linear(8, 2), nn.Linear(8, 2)
     same = known.fingerprint(workload_of(one))

@@ -358,7 +358,7 @@ def test_shapes_are_distilled_once_where_factors_are_distilled_before_they_are_r
             recipe, measurement(recipe, drop=drop, drop_upper=drop, bytes=10 if rounded in recipe.steps else 40)
         )
 
-    facts = dataclasses.replace(FACTS, stored=((thin, rounded),))
+    facts = dataclasses.replace(FACTS, stored=((thin, rounded),), factored=frozenset([(thin, rounded)]))
     trials = played(facts, Budget(0.01, objective="bytes"), world)
     shaped = [t.recipe.steps for t in trials if "prune_channels" in in_words(t.recipe)]
     assert shaped and {len(steps) for steps in shaped} == {5}
@@ -367,7 +367,7 @@ def test_shapes_are_distilled_once_where_factors_are_distilled_before_they_are_r
     assert max(lengths) > 3 * min(lengths)  # as long as shapes are, not as numbers are
 
 
-def test_factors_are_distilled_before_they_are_rounded_and_what_has_none_after():
+def test_factors_that_do_most_of_the_harm_are_distilled_before_they_are_rounded_and_all_else_after():
     thin, rounded = build("factorize_svd", {"where": "a"}, "here"), build("quantize_weights", {"bits": 4}, "here")
 
     def world(recipe: Recipe) -> Trial:
@@ -375,16 +375,25 @@ def test_factors_are_distilled_before_they_are_rounded_and_what_has_none_after()
         drop = 0.02 if stored and not taught else 0.0
         return Trial(recipe, measurement(recipe, drop=drop, drop_upper=drop))
 
-    for stored, found in (
-        ((rounded,), ["quantize_weights", "distill_soft"]),
-        (
-            (thin, rounded),
-            ["factorize_svd", "distill_soft", "quantize_weights"],
-        ),
+    for stored, factored, found in (
+        ((rounded,), [], ["quantize_weights", "distill_soft"]),
+        ((thin, rounded), [], ["factorize_svd", "quantize_weights", "distill_soft"]),
+        ((thin, rounded), [(thin, rounded)], ["factorize_svd", "distill_soft", "quantize_weights"]),
     ):
-        facts = dataclasses.replace(FACTS, stored=(stored,))
+        facts = dataclasses.replace(FACTS, stored=(stored,), factored=frozenset(factored))
         trials = played(facts, Budget(0.01, objective="bytes"), world)
         assert ["fold_batchnorm", *found] in [[step.name() for step in t.recipe.steps] for t in trials]
+
+
+def test_true_labels_have_a_share_in_soft_distillation_alone_where_there_are_some():
+    def shares_of_labels(facts: Facts) -> dict[str, set[float | None]]:
+        trials = played(facts, Budget(0.01), World(breaks_at=0.5))
+        steps = [step for t in trials for step in t.recipe.steps if step.name() in candidates.TEACHINGS]
+        return {name: {s.settings().get("alpha") for s in steps if s.name() == name} for name in candidates.TEACHINGS}
+
+    untold = {"distill_hard": {None}, "distill_features": {None}}
+    assert shares_of_labels(FACTS) == {"distill_soft": {0.0}, **untold}
+    assert shares_of_labels(dataclasses.replace(FACTS, labels=True)) == {"distill_soft": {0.5}, **untold}
 
 
 def test_two_shares_a_round_between_what_fitted_and_what_did_not():
