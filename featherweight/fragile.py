@@ -16,11 +16,9 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from featherweight.damage import damage, first_examples, floating_outputs
+from featherweight.damage import damage, examples_to_compare, floating_outputs
 from featherweight.surgery import input_quantizer, replace
 from featherweight.workload import Workload
-
-EXAMPLES = 32  # of calibration data
 
 
 def worst_first(rounded: nn.Module, exact: nn.Module, workload: Workload) -> list[str]:
@@ -34,7 +32,7 @@ def worst_first(rounded: nn.Module, exact: nn.Module, workload: Workload) -> lis
     Raises:
         LayerError: the network returns nothing that can be compared.
     """
-    batch = first_examples(workload.calibration, EXAMPLES)
+    batch = examples_to_compare(exact, workload, "the search")
     wanted = floating_outputs(exact, batch, "the search")
     whole = damage(floating_outputs(rounded, batch, "the search"), wanted)
     gains = {}

@@ -19,14 +19,12 @@ from typing import Annotated
 
 from torch import Tensor, nn
 
-from featherweight.damage import damage, first_examples, floating_outputs
+from featherweight.damage import damage, examples_to_compare, first_examples, floating_outputs
 from featherweight.errors import LayerError
 from featherweight.passes import Pass
 from featherweight.settings import Range
 from featherweight.surgery import Block, blocks, done, left, matches, without
 from featherweight.workload import Batch, Workload
-
-EXAMPLES = 64  # on which damage is measured
 
 # ------------------------------------------------------------------------------------------------ the pass
 
@@ -85,7 +83,7 @@ def least_missed(model: nn.Module, among: Sequence[Block], count: int, workload:
 
     The others are then said to be left, and why.
     """
-    batch = first_examples(workload.calibration, EXAMPLES)
+    batch = examples_to_compare(model, workload, "drop_layers")
     wanted = floating_outputs(model, batch, "drop_layers")
     gone: list[Block] = []
     while len(gone) < count:

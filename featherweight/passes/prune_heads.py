@@ -20,14 +20,12 @@ from typing import Annotated
 from torch import nn
 
 from featherweight.coupling import Group, groups, silence, trial
-from featherweight.damage import damage, first_examples, floating_outputs
+from featherweight.damage import damage, examples_to_compare, floating_outputs
 from featherweight.errors import LayerError
 from featherweight.passes import Pass
 from featherweight.settings import Range
 from featherweight.surgery import done, left, matches
 from featherweight.workload import Workload
-
-EXAMPLES = 64  # on which damage is measured
 
 
 def least(damages: Sequence[Sequence[float]], count: int) -> list[list[int]]:
@@ -100,7 +98,7 @@ class PruneHeads(Pass):
 
 def _damages(model: nn.Module, chosen: Sequence[Group], workload: Workload) -> list[list[float]]:
     """By group and head, what is lost without that head alone."""
-    batch = first_examples(workload.calibration, EXAMPLES)
+    batch = examples_to_compare(model, workload, "prune_heads")
     wanted = floating_outputs(model, batch, "prune_heads")
     found: list[list[float]] = []
     for group in chosen:

@@ -18,14 +18,12 @@ from typing import Annotated, Any
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
-from featherweight.damage import damage, first_examples, floating_outputs
+from featherweight.damage import damage, examples_to_compare, first_examples, floating_outputs
 from featherweight.errors import LayerError
 from featherweight.passes import Pass
 from featherweight.settings import Range
 from featherweight.surgery import done, matches
 from featherweight.workload import Batch, Workload, input_names, tensors
-
-EXAMPLES = 64  # on which damage is measured
 
 # ------------------------------------------------------------------------------------------- functions on tensors
 
@@ -76,7 +74,7 @@ class TruncateInputs(Pass):
     share: Annotated[float, Range(0.0, 0.9)] = 0.25
 
     def apply(self, model: nn.Module, workload: Workload) -> nn.Module:
-        batch = first_examples(workload.calibration, EXAMPLES)
+        batch = examples_to_compare(model, workload, self.name())
         lengths = sequence_lengths(model, workload.start, batch)
         names = [name for name in lengths if matches(name, self.where)]
         if not names:
