@@ -48,7 +48,6 @@ class Facts:
         multiples: by target, the number of which channel counts should be multiples.
         stored: steps that store weights in fewer bits layer by layer, from the least harmful to the smallest, as the
             damage table predicts; where bytes are what is made small.
-        factored: those of `stored` of which factors do most of the harm that is predicted.
         labels: whether the data to train on tells the true labels, too.
         precision: in which candidates compute while they are distilled.
         bfloat16: targets that may be told to compute in it what stays in floats, as this machine can.
@@ -65,7 +64,6 @@ class Facts:
     merges: int = 0
     multiples: Mapping[str, int] = field(default_factory=dict)
     stored: tuple[tuple[Pass, ...], ...] = ()
-    factored: frozenset[tuple[Pass, ...]] = frozenset()
     labels: bool = False
     precision: str = "float32"
     bfloat16: tuple[str, ...] = ()
@@ -113,12 +111,6 @@ class Facts:
         whole = float(np.interp(shape.share, np.array(shares), np.array(paces)))
         return whole * (1 - shape.cut) * self.shared(shape)
 
-    def taught(self, stored: Numbers, length: float) -> Numbers:
-        """A way to store with a distillation of what does most of the harm: of factors, or of what was rounded."""
-        factors = sum(step.name() == "factorize_svd" for step in stored)  # which come first
-        place = factors if stored in self.factored else len(stored)
-        return (*stored[:place], self.distil(length), *stored[place:])
-
     def candidate(
         self, target: str, numbers: Numbers, shape: Shape, length: float, teaching: str = TEACHINGS[0]
     ) -> Recipe:
@@ -131,8 +123,9 @@ class Facts:
         if shape.merged:
             share = shape.merged / (self.merges * DOUBLINGS)
             steps.append(build_step("merge_positions", share=round(share, 4), size=LARGEST_GROUP))
-        if place := _taught_before_rounding(numbers):  # once is enough
-            numbers = (*numbers[:place], self.distil(length, shape, teaching), *numbers[place + 1 :])
+        factors = sum(step.name() == "factorize_svd" for step in numbers)  # which come first
+        if factors and teaches(numbers[-1]):  # once, with what is left of them, is enough
+            numbers = (*numbers[:factors], self.distil(length, shape, teaching), *numbers[factors:-1])
         elif shape.thinner or length > SHORT:
             steps.append(self.distil(length, shape, teaching))
         return Recipe(self.steps(*numbers, shape=steps), target)
@@ -216,11 +209,6 @@ def shape_of(facts: Facts, recipe: Recipe) -> Shape | None:
     share = settings.get("prune_channels", {}).get("share", 0.0)
     shape = Shape(share, round(lost * facts.blocks), cut, round(merged))
     return shape if shape != Shape(0.0) else None
-
-
-def _taught_before_rounding(numbers: Numbers) -> int:
-    """The place of the distillation that rounding follows; 0 where there is none."""
-    return next((place for place, step in enumerate(numbers[:-1]) if teaches(step)), 0)
 
 
 def teaches(step: Pass) -> bool:

@@ -107,17 +107,6 @@ def steps_of(choices: Mapping[str, Option]) -> tuple[Pass, ...]:
     return tuple(dataclasses.replace(step, where=", ".join(where[step])) for step in ordered)
 
 
-def are_harmed_by_factors(choices: Mapping[str, Option]) -> bool:
-    """Whether layers in factors do most of the harm that is predicted, and not those that are whole and rounded.
-
-    >>> few, half = Option("a", "4 bits, errors fed on", 0.1, 8.0), Option("b", "half of the weights, 4 bits", 0.2, 8.0)
-    >>> are_harmed_by_factors({"a": few, "b": half}), are_harmed_by_factors({"a": few})
-    (True, False)
-    """
-    in_factors = [option for option in choices.values() if any(map(_factorizes, WAYS.get(option.choice, ())))]
-    return sum(option.damage for option in in_factors) > sum(option.damage for option in choices.values()) / 2
-
-
 def _placed(way: Way, names: str) -> Iterator[tuple[Pass, str]]:
     """The steps of `way`, each with the names of what it is to treat: of a factorized layer its two parts, in a row."""
     for step in way:

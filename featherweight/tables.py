@@ -18,7 +18,7 @@ from featherweight.allocation import predicted_frontier
 from featherweight.artifact import versions_of, write_text_atomic
 from featherweight.candidates import Facts, Shape, shape_of
 from featherweight.cost_table import Predicted, cost_table, write_predictions
-from featherweight.damage_table import are_harmed_by_factors, damage_table, steps_of
+from featherweight.damage_table import damage_table, steps_of
 from featherweight.errors import FeatherweightError, LayerError
 from featherweight.fragile import worst_first
 from featherweight.progress import Progress, Stopwatch
@@ -68,9 +68,8 @@ class Tables:
             return facts
         finally:
             self.watch("")
-        stored = {steps: choices for choices in predicted_frontier(table) if (steps := steps_of(choices))}
-        factored = frozenset(steps for steps, choices in stored.items() if are_harmed_by_factors(choices))
-        return dataclasses.replace(facts, stored=tuple(stored), factored=factored)
+        stored = tuple(steps for choices in predicted_frontier(table) if (steps := steps_of(choices)))
+        return dataclasses.replace(facts, stored=stored)
 
     def with_fragile_layers(self, facts: Facts, trials: Sequence[Trial]) -> Facts:
         """With the layers that int8 suffers from most, once it is known that int8 as a whole loses too much."""
