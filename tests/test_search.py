@@ -166,7 +166,9 @@ def test_for_latency_shapes_are_predicted_before_they_are_measured(tmp_path, mon
         assert found[trial.recipe.digest].measured_ms == trial.measurement.latency_ms
     assert result.seconds["costs"] > 0
     monkeypatch.setattr(tables, "cost_table", lambda *_, **__: pytest.fail("was measured again"))
-    assert _search(tmp_path / "out", Budget(0.05), resume=True).best.digest == result.best.digest
+    known = [trial.recipe.digest for _, trial in read_trials(tmp_path / "out")]
+    _search(tmp_path / "out", Budget(0.05), resume=True)  # which of two is faster is timed again, and may differ
+    assert [trial.recipe.digest for _, trial in read_trials(tmp_path / "out")] == known
 
 
 @quick
