@@ -25,7 +25,7 @@ LARGEST_GROUP = 2**DOUBLINGS
 POINTS = 108  # of a route; so many that thirds of thirds, and halves of those, are among them
 SHORT, LONG = 0.5, 2.0  # how long shapes and finalists are distilled, over `Facts.epochs`
 TEACHINGS = ("distill_soft", "distill_hard", "distill_features")  # of which one is chosen by what it recovers
-LABELLED = 0.5  # the share of the true labels in what soft distillation teaches, where there are some
+LABELLED = 0.5  # the share of the true labels in what soft distillation teaches numbers, where there are some
 NORMED_LR, PLAIN_LR = 0.005, 0.001  # of networks with batch norms, also once those are folded (LOG.md), and without
 
 Numbers = tuple[Pass, ...]  # the last steps of a recipe, which turn weights into numbers of few bits
@@ -79,11 +79,13 @@ class Facts:
         """The distillation of a shape or, without one, of numbers.
 
         A smaller network takes more steps in the same time: of four parts of the arithmetic of a step one is the
-        teacher's, and three are the candidate's.
+        teacher's, and three are the candidate's. True labels teach numbers alone, where there are some: what learns
+        from them departs further from the original, which the paired bound counts against it, and of shapes they
+        brought nothing back (LOG.md).
         """
         epochs = float(f"{length * self.epochs * 4 / (1 + 3 * (1.0 if shape is None else self.kept(shape))):.2g}")
         lr = NORMED_LR if self.folds else PLAIN_LR
-        labels = {"alpha": LABELLED} if self.labels and teaching == "distill_soft" else {}
+        labels = {"alpha": LABELLED} if self.labels and shape is None and teaching == "distill_soft" else {}
         return build_step(teaching, epochs=epochs, lr=lr, precision=self.precision, **labels)
 
     def lost(self, shape: Shape) -> float:
