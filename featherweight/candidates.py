@@ -80,8 +80,8 @@ class Facts:
 
         A smaller network takes more steps in the same time: of four parts of the arithmetic of a step one is the
         teacher's, and three are the candidate's. True labels teach numbers alone, where there are some: what learns
-        from them departs further from the original, which the paired bound counts against it, and of shapes they
-        brought nothing back (LOG.md).
+        from them departs further from the original, which widens the paired bound, and shapes recovered no more with
+        them on the data that the search goes by (LOG.md).
         """
         epochs = float(f"{length * self.epochs * 4 / (1 + 3 * (1.0 if shape is None else self.kept(shape))):.2g}")
         lr = NORMED_LR if self.folds else PLAIN_LR

@@ -39,7 +39,7 @@ class Workload:
             makes the comparison paired and the interval exact).
         test_score: the same on data that the search never sees.
         train: a re-iterable of batches, or of (batch, target) pairs, for distillation. Where targets are labels of what
-            the model returns as logits (whole numbers, -100 for none), the search teaches them, too.
+            the model returns as logits (whole numbers, -100 for none), what the search rounds learns from them, too.
         probe: held-out (batch, labels) pairs, for evidence on behaviour.
         student: a network of your own, in eval mode, that recipes start from instead of a copy of `model`: it takes and
             returns the same, and where in recipes names its layers. `model` stays the teacher of distillation and the
