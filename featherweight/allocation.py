@@ -1,4 +1,4 @@
-"""Which option each layer gets: the cheapest choice whose damages add up to no more than a bound.
+"""Which option each layer gets: the choice that costs no more than a bound and whose damages add up to the least.
 
 A multiple-choice knapsack, solved exactly as a mixed-integer programme by HiGHS. That damages of single layers add up
 is an assumption, which the search corrects by what it measures; where options come from is `damage_table`'s affair.
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
@@ -35,44 +34,60 @@ class Option:
     cost: float
 
 
+ROUNDING = 1e-9  # of a bound
+CLOSE = 1e-4  # of the damage: what is not worth another try to find less
+
 Choices = Mapping[str, Option]  # by layer
 
 
-def cheapest(options: Sequence[Option], most_damage: float) -> dict[str, Option]:
-    """One option for each layer: of those that together do no more than `most_damage`, the cheapest.
+def least_harmful(options: Sequence[Option], most_cost: float) -> dict[str, Option]:
+    """One option for each layer: of those that together cost no more than `most_cost`, those that do least damage.
 
     Raises:
-        BudgetError: even the least harmful options do more.
+        BudgetError: even the cheapest options cost more.
 
     >>> a = [Option("a", "8", 0.1, 8.0), Option("a", "4", 1.0, 4.0)]
     >>> b = [Option("b", "8", 0.1, 80.0), Option("b", "4", 1.1, 40.0)]
-    >>> {layer: option.choice for layer, option in cheapest([*a, *b], 1.2).items()}
+    >>> {layer: option.choice for layer, option in least_harmful([*a, *b], 50.0).items()}
     {'a': '8', 'b': '4'}
     """
+    layers = list(dict.fromkeys(option.layer for option in options))
+    found = {layer: min((o for o in options if o.layer == layer), key=lambda o: (o.cost, o.damage)) for layer in layers}
+    if total_cost(found) > most_cost * (1 + ROUNDING):
+        raise BudgetError(
+            f"No choice of options costs as little as {most_cost:.4g}: the cheapest add up to {total_cost(found):.4g}. "
+            "Allow more, or leave layers out."
+        )
+    while True:  # what does more damage alone than all that is known is no option: so the solver sees small damages too
+        known = total_damage(found)
+        better = _solved([o for o in options if o.damage <= known], most_cost, unit=known)
+        if total_damage(better) >= (1 - CLOSE) * known:
+            return found
+        found = better
+
+
+def _solved(options: Sequence[Option], most_cost: float, unit: float) -> dict[str, Option]:
+    """The least harmful, for a solver whose tolerances are those for damages of about `unit`."""
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array
 
     layers = list(dict.fromkeys(option.layer for option in options))
-    least = sum(min(o.damage for o in options if o.layer == layer) for layer in layers)
-    if least > most_damage:
-        raise BudgetError(
-            f"No choice of options does as little damage as {most_damage:.4g}: the least harmful add up to "
-            f"{least:.4g}. Allow more, or leave layers out."
-        )
     rows = [layers.index(option.layer) for option in options]
     one_each = csr_array((np.ones(len(options)), (rows, range(len(options)))), shape=(len(layers), len(options)))
     costs = np.array([option.cost for option in options])
     damages = np.array([option.damage for option in options])
-    unit = max(most_damage, 1e-30)  # of about one, so that the solver's tolerances mean something
     found = milp(
-        costs / max(costs.max(), 1e-30),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(damages[None] / unit, -np.inf, 1.0)],
+        damages / max(unit, 1e-30),
+        constraints=[
+            LinearConstraint(one_each, 1, 1),
+            LinearConstraint(costs[None] / max(most_cost, 1e-30), -np.inf, 1.0),
+        ],
         integrality=np.ones(len(options)),
         bounds=Bounds(0, 1),
         options={"mip_rel_gap": 1e-6},
     )
-    if found.x is None:  # within the solver's tolerance the least harmful are all that there is
-        return {layer: min((o for o in options if o.layer == layer), key=lambda o: o.damage) for layer in layers}
+    if found.x is None:  # within the solver's tolerance the cheapest are all that there is
+        return {layer: min((o for o in options if o.layer == layer), key=lambda o: o.cost) for layer in layers}
     return {option.layer: option for option, chosen in zip(options, found.x, strict=True) if chosen > 0.5}
 
 
@@ -87,18 +102,20 @@ def total_cost(choices: Choices) -> float:
 
 
 def predicted_frontier(options: Sequence[Option], points: int = 36) -> list[dict[str, Option]]:
-    """Choices from the least to the most damage, bounds spread evenly on a logarithmic scale; none comes twice."""
+    """Choices from little damage to little cost, bounds of the cost spread evenly on a logarithmic scale.
+
+    They begin where of each layer that is chosen which does least damage, layers that are left as they are apart. None
+    comes twice.
+    """
     layers = list(dict.fromkeys(option.layer for option in options))
-    least, most = (
-        sum(
-            pick((o for o in options if o.layer == layer), key=lambda o: (o.damage, -o.cost)).damage for layer in layers
-        )
-        for pick in (min, max)
-    )
-    bounds = np.geomspace(max(least, most * 1e-6, 1e-30), max(most, 1e-30), points) * (1 + 1e-9)
-    found = [cheapest(options, float(bound)) for bound in bounds if bound >= least]
-    kept = [found[0]] if found else []
-    for before, after in pairwise(found):
-        if total_cost(after) < total_cost(before):
-            kept.append(after)
+    each = [[option for option in options if option.layer == layer] for layer in layers]
+    changed = [[o for o in group if o.damage > 0] or group for group in each]
+    most = sum(min(group, key=lambda o: (o.damage, o.cost)).cost for group in changed)
+    least = sum(min(option.cost for option in group) for group in each)
+    bounds = np.geomspace(max(most, least, 1e-30), max(least, 1e-30), points) * (1 + ROUNDING)
+    found = [least_harmful(options, float(bound)) for bound in bounds]
+    kept = found[:1]
+    for choices in found[1:]:
+        if total_cost(choices) < total_cost(kept[-1]):
+            kept.append(choices)
     return kept

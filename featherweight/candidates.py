@@ -48,6 +48,7 @@ class Facts:
         multiples: by target, the number of which channel counts should be multiples.
         stored: steps that store weights in fewer bits layer by layer, from the least harmful to the smallest, as the
             damage table predicts; where bytes are what is made small.
+        thinned: those of `stored` of which factors do most of the harm.
         labels: whether the data to train on tells the true labels, too.
         precision: in which candidates compute while they are distilled.
         bfloat16: targets that may be told to compute in it what stays in floats, as this machine can.
@@ -64,6 +65,7 @@ class Facts:
     merges: int = 0
     multiples: Mapping[str, int] = field(default_factory=dict)
     stored: tuple[tuple[Pass, ...], ...] = ()
+    thinned: tuple[tuple[Pass, ...], ...] = ()
     labels: bool = False
     precision: str = "float32"
     bfloat16: tuple[str, ...] = ()
@@ -113,6 +115,11 @@ class Facts:
         whole = float(np.interp(shape.share, np.array(shares), np.array(paces)))
         return whole * (1 - shape.cut) * self.shared(shape)
 
+    def taught(self, stored: Numbers, length: float) -> Numbers:
+        """A way to store, distilled: factors that do most of the harm before they are rounded, else once all is."""
+        place = _factors(stored) if stored in self.thinned else len(stored)
+        return _with(stored, self.distil(length), place)
+
     def candidate(
         self, target: str, numbers: Numbers, shape: Shape, length: float, teaching: str = TEACHINGS[0]
     ) -> Recipe:
@@ -125,9 +132,9 @@ class Facts:
         if shape.merged:
             share = shape.merged / (self.merges * DOUBLINGS)
             steps.append(build_step("merge_positions", share=round(share, 4), size=LARGEST_GROUP))
-        factors = sum(step.name() == "factorize_svd" for step in numbers)  # which come first
-        if factors and teaches(numbers[-1]):  # once, with what is left of them, is enough
-            numbers = (*numbers[:factors], self.distil(length, shape, teaching), *numbers[factors:-1])
+        stored = tuple(step for step in numbers if not teaches(step))
+        if _factors(stored) and stored != numbers:  # once, with what is left of them, is enough
+            numbers = _with(stored, self.distil(length, shape, teaching), _factors(stored))
         elif shape.thinner or length > SHORT:
             steps.append(self.distil(length, shape, teaching))
         return Recipe(self.steps(*numbers, shape=steps), target)
@@ -211,6 +218,15 @@ def shape_of(facts: Facts, recipe: Recipe) -> Shape | None:
     share = settings.get("prune_channels", {}).get("share", 0.0)
     shape = Shape(share, round(lost * facts.blocks), cut, round(merged))
     return shape if shape != Shape(0.0) else None
+
+
+def _factors(numbers: Numbers) -> int:
+    """How many steps factorize: they come first."""
+    return sum(step.name() == "factorize_svd" for step in numbers)
+
+
+def _with(numbers: Numbers, step: Pass, place: int) -> Numbers:
+    return (*numbers[:place], step, *numbers[place:])
 
 
 def teaches(step: Pass) -> bool:

@@ -16,6 +16,7 @@ from featherweight.workload import Batch, Workload, call, like, outputs, tensors
 
 EXAMPLES, FEWEST = 64, 3  # with which networks are compared, at most and at least
 VALUES = 1 << 24  # of outputs that are compared, at most
+AS_MANY = 4  # times the examples that are compared, at most: those by which changes are made
 
 
 def damage(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
@@ -53,6 +54,26 @@ def examples_to_compare(model: nn.Module, workload: Workload, step: str) -> Batc
     one = floating_outputs(model, first_examples(workload.calibration, 1), step)
     values = sum(value[0].numel() for value in one)
     return first_examples(workload.calibration, max(FEWEST, min(EXAMPLES, VALUES // max(values, 1))))
+
+
+def examples_apart(model: nn.Module, workload: Workload, step: str) -> tuple[Batch, Batch]:
+    """One batch to compare, as `examples_to_compare` has it, and another of other examples, by which a change is made.
+
+    What fits some examples does less harm to those than to others. There are at most EXAMPLES of the latter, and
+    AS_MANY as are compared; where there are too few examples for two batches, half of them are in each.
+
+    Raises:
+        LayerError: the network returns nothing that can be compared, on behalf of the pass called `step`.
+    """
+    compared = len(tensors(examples_to_compare(model, workload, step))[0])
+    chosen = first_examples(workload.calibration, compared + min(EXAMPLES, AS_MANY * compared))
+    count = len(tensors(chosen)[0])
+    compared = min(compared, max(1, count // 2))
+    return _some(chosen, slice(compared)), _some(chosen, slice(min(compared, count - 1), None))
+
+
+def _some(batch: Batch, which: slice) -> Batch:
+    return like(batch, [values[which] for values in tensors(batch)])
 
 
 def first_examples(batches: Sequence[Batch], count: int) -> Batch:

@@ -1,10 +1,10 @@
 """What it does to the outputs of a network when one layer alone is stored in fewer bytes: measured once, kept on disk.
 
-For each layer and each way to store it, the squared error of the outputs on calibration data, as `damage` has it, and
-the bytes that the layer then takes: whole numbers of 8 or 4 bits, rounded to the nearest or by GPTQ, 16 shared values,
-or factors of half or a quarter of the weights, those in 4 bits. Layers that share a weight are treated together, and
-named by the first. What is made of the table is `allocation`'s affair and the strategy's. Widths are not in it: what
-channels do shows after training only.
+For each layer and each way to store it, the squared error of the outputs on some of the calibration data, as `damage`
+has it, where others of it tell how best to store it so, and the bytes that the layer then takes: whole numbers of 8 or
+4 bits, rounded to the nearest or by GPTQ, 16 shared values, or factors of half or a quarter of the weights, those in 4
+bits. Layers that share a weight are treated together, and named by the first. What is made of the table is
+`allocation`'s affair and the strategy's. Widths are not in it: what channels do shows after training only.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from featherweight import passes
-from featherweight.allocation import Option
+from featherweight.allocation import Option, total_damage
 from featherweight.artifact import write_text_atomic
-from featherweight.damage import damage, examples_to_compare, first_examples, floating_outputs
+from featherweight.damage import damage, examples_apart, first_examples, floating_outputs
 from featherweight.errors import ArtifactError, LayerError
 from featherweight.passes import Pass
 from featherweight.passes._storing import KINDS
-from featherweight.replay import Kept, record, replay
+from featherweight.replay import Kept, record, replaying
 from featherweight.surgery import dense_of, encoding_of, groups_by_weight, is_computed, recording
 from featherweight.trials import read_json
-from featherweight.workload import Workload
+from featherweight.workload import Batch, Workload
 
 
 def _step(name: str, **settings: Any) -> Pass:
@@ -70,25 +70,35 @@ def damage_table(model: nn.Module, workload: Workload, path: Path, key: Mapping[
         ArtifactError: the file cannot be read or written.
         LayerError: the network returns nothing that can be compared.
     """
-    batch = examples_to_compare(model, workload, "the search")
-    # of another size, or the same: what `replay` knows are the outputs for the batch
-    quick = dataclasses.replace(workload, calibration=[batch], example=first_examples([batch], 2))
+    batch, others = examples_apart(model, workload, "the search")
+    # of another size, or the same: what is replayed are the outputs for the batch
+    quick = dataclasses.replace(workload, calibration=[others], example=first_examples([others], 2))
     known = {(option.layer, option.choice): option for option in stored_table(path, key)}
     layers = _layers(model)
     small = SMALL * sum(layers.values())
     entries = [(name, way) for name, size in layers.items() for way in list(WAYS)[: FEW if size < small else None]]
     with tempfile.TemporaryDirectory(prefix="featherweight-") as folder:
-        wanted: list[Tensor] = []
         names = [name for group in layers for name in group.split(", ")]
-        run = lambda: wanted.extend(floating_outputs(model, batch, "the search"))  # noqa: E731
-        kept = record(model, names, run, Path(folder))
+        kept_of_others, _ = _recorded(model, names, others, Path(folder) / "others")
+        kept, wanted = _recorded(model, names, batch, Path(folder) / "compared")
         for name, way in tqdm([e for e in entries if e not in known], "damage", disable=not sys.stderr.isatty()):
-            changed, size = _stored_otherwise(model, quick, name, WAYS[way], kept)
-            done = damage(floating_outputs(changed, batch, "the search"), wanted)
+            changed, size = _stored_otherwise(model, quick, name, WAYS[way], kept_of_others)
+            with replaying(changed, kept, name.split(", ")):
+                done = damage(floating_outputs(changed, batch, "the search"), wanted)
             known[name, way] = Option(name, way, done, float(size))
             _write(path, key, known)
     floats = [Option(name, FLOAT, 0.0, float(size)) for name, size in layers.items()]
     return [*floats, *(known[entry] for entry in entries if known[entry].cost > 0)]
+
+
+def _recorded(
+    model: nn.Module, names: Sequence[str], batch: Batch, folder: Path
+) -> tuple[dict[str, Kept], list[Tensor]]:
+    """What layers returned for `batch`, in files of a new folder, and what the network did."""
+    folder.mkdir()
+    outputs: list[Tensor] = []
+    kept = record(model, names, lambda: outputs.extend(floating_outputs(model, batch, "the search")), folder)
+    return kept, outputs
 
 
 def steps_of(choices: Mapping[str, Option]) -> tuple[Pass, ...]:
@@ -105,6 +115,17 @@ def steps_of(choices: Mapping[str, Option]) -> tuple[Pass, ...]:
     # what is factorized comes before all that stores, so that factors and whole layers are stored in one step
     ordered = sorted(where, key=lambda step: not _factorizes(step))
     return tuple(dataclasses.replace(step, where=", ".join(where[step])) for step in ordered)
+
+
+def suffers_most_from_factors(choices: Mapping[str, Option]) -> bool:
+    """Whether layers that become factors do more than half of the harm.
+
+    >>> a, b = Option("a", "8 bits", 0.1, 8.0), Option("b", "half of the weights, 4 bits", 0.2, 8.0)
+    >>> suffers_most_from_factors({"a": a, "b": b}), suffers_most_from_factors({"a": a})
+    (True, False)
+    """
+    of_factors = [o.damage for o in choices.values() if any(map(_factorizes, WAYS.get(o.choice, ())))]
+    return 2 * sum(of_factors) > total_damage(choices)
 
 
 def _placed(way: Way, names: str) -> Iterator[tuple[Pass, str]]:
@@ -132,13 +153,13 @@ def _stored_otherwise(
 ) -> tuple[nn.Module, int]:
     """A copy in which the layers `names` are stored in this `way`, and the bytes that takes; 0 where they are left.
 
-    All other layers are copied without their tensors, which both networks then share; those before return what is kept.
+    All other layers are copied without their tensors, which both networks then share. Those by which it is decided how
+    to store, the calibration data of `workload`, they do not compute again: what is `kept` is what they return.
     """
     touched = names.split(", ")
     shared = [t for name, module in model.named_modules() if name not in touched for t in _own(module)]
     changed = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
-    replay(changed, kept, touched)
-    with recording():
+    with recording(), replaying(changed, kept, touched, throughout=True):
         try:
             for step, where in _placed(way, names):
                 changed = dataclasses.replace(step, where=where).apply(changed, workload).eval()

@@ -8,7 +8,7 @@ one of each group of its channels.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -124,16 +124,23 @@ def grams(model: nn.Module, layers: Mapping[str, nn.Module], workload: Workload)
 
     watch_inputs(model, layers, workload.calibration, observe)
     for name, gram in found.items():
-        refuse_nan(name, gram)
+        refuse_nan(name, gram.products)
     return found
 
 
-def parts(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, nn.Module]]:
-    """`layers` in parts whose Gram matrices fit into memory together. Embeddings, which read no numbers, have none."""
+def numbers_read(layer: Any) -> int:
+    """In the Gram matrices of what a convolution or linear layer reads."""
+    return (1 if isinstance(layer, nn.Linear) else layer.groups) * layer.weight[0].numel() ** 2
+
+
+def parts(
+    layers: Mapping[str, nn.Module], numbers: Callable[[Any], int] = numbers_read
+) -> Iterator[dict[str, nn.Module]]:
+    """`layers` in parts for which matrices of so many `numbers` fit into memory together: by default, Gram matrices."""
     part: dict[str, nn.Module] = {}
     held = 0
     for name, layer in layers.items():
-        size = 0 if isinstance(layer, nn.Embedding) else _numbers(layer)
+        size = numbers(layer)
         if part and held + size > HELD:
             yield part
             part, held = {}, 0
@@ -141,11 +148,6 @@ def parts(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, nn.Module]]:
         held += size
     if part:
         yield part
-
-
-def _numbers(layer: Any) -> int:
-    """In the Gram matrices of what a convolution or linear layer reads."""
-    return (1 if isinstance(layer, nn.Linear) else layer.groups) * layer.weight[0].numel() ** 2
 
 
 def grams_in_turn(
@@ -179,7 +181,7 @@ def grams_in_turn(
         found[key] = found[key].joined(now) if key in found else now
         uses[key] -= 1
         if uses[key] <= 0:
-            refuse_nan(name, found[key])
+            refuse_nan(name, found[key].products)
             yield group_of[name], found.pop(key)
             finished.add(key)
             if len(finished) == len(groups):
@@ -199,9 +201,9 @@ def rows_of_each(workload: Workload) -> int:
     return max(1, SAMPLE // len(workload.calibration))
 
 
-def refuse_nan(name: str, gram: Gram) -> None:
-    """Raises a WorkloadError where the layer `name` read no numbers."""
-    if not torch.as_tensor(gram.products).isfinite().all():
+def refuse_nan(name: str, products: Tensor | float) -> None:
+    """Raises a WorkloadError where sums over what the layer `name` read are not numbers."""
+    if not torch.as_tensor(products).isfinite().all():
         raise WorkloadError(
             f"{name!r} read NaN or infinite values on the calibration data, by which no error can be weighed. "
             f"Look for such values in the batches, or leave the layer out with where: '!{name}'."

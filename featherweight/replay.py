@@ -3,14 +3,16 @@
 A network computes its layers in an order. What was returned before a layer began cannot depend on it; so in a copy of
 the network in which that layer alone is stored otherwise, layers that were done by then return what they returned. Only
 layers are kept, one file each, which the system maps into memory and may drop from it; what is between them is
-computed. How the networks differ, and what is made of their outputs, is the caller's affair.
+computed. Where only that matters which the changing layer reads, all others return what they returned. How the networks
+differ, and what is made of their outputs, is the caller's affair.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -72,24 +74,34 @@ def record(model: nn.Module, layers: Collection[str], run: Callable[[], Any], fo
     return found
 
 
-def replay(model: nn.Module, kept: Mapping[str, Kept], changing: Collection[str]) -> None:
-    """Layers of `model` that were done before any of `changing` began return what they returned.
+@contextlib.contextmanager
+def replaying(
+    model: nn.Module, kept: Mapping[str, Kept], changing: Collection[str], *, throughout: bool = False
+) -> Iterator[None]:
+    """Inside the block layers that were done before any of `changing` began return what they returned.
 
     For inputs of the shape that was recorded; others are computed.
 
     Args:
-        model: a copy of the network that was recorded, which is to be run on the same inputs; changed in place.
+        model: a copy of the network that was recorded, which is to be run on the same inputs.
         kept: what `record` found.
         changing: names of layers. Where one of them was never called, nothing is known of when it counts, and all
             is computed.
+        throughout: whether layers that began later do so, too: then what `changing` read is right, and no output.
     """
-    if not all(name in kept for name in changing):
-        return
-    first = min(kept[name].began for name in changing)
-    for name, known in kept.items():
-        if known.ended < first and known.path is not None and known.read:  # inputs given by name have no known shape
+    known = {name: one for name, one in kept.items() if name not in changing and one.path is not None and one.read}
+    first = min((kept[name].began if name in kept else -1 for name in changing), default=-1)
+    replaced = []
+    for name, one in known.items():  # inputs given by name have no known shape
+        if one.ended < first or (throughout and first >= 0):
             layer = model.get_submodule(name)
-            layer.forward = _returning(known, layer.forward)
+            replaced.append((layer, layer.forward))
+            layer.forward = _returning(one, layer.forward)
+    try:
+        yield
+    finally:
+        for layer, forward in replaced:
+            layer.forward = forward
 
 
 def _returning(known: Kept, compute: Callable[..., Any]) -> Callable[..., Any]:

@@ -24,7 +24,7 @@ def few_bits(facts: Facts, budget: Budget, target: str) -> Generator[Round, list
     course = _Storing(facts, budget, target)
     as_they_are = yield from course.closing_in(facts.stored, STORED_ROUNDS)
     beyond = facts.stored[course.last(as_they_are) :]
-    briefly, long = ([(*way, facts.distil(length)) for way in beyond] for length in (1.0, LONGEST))
+    briefly, long = ([facts.taught(way, length) for way in beyond] for length in (1.0, LONGEST))
     yield from course.for_longer(long, (yield from course.closing_in(briefly, TAUGHT_ROUNDS)))
     return course.all
 

@@ -18,7 +18,7 @@ from featherweight.allocation import predicted_frontier
 from featherweight.artifact import versions_of, write_text_atomic
 from featherweight.candidates import Facts, Shape, shape_of
 from featherweight.cost_table import Predicted, cost_table, write_predictions
-from featherweight.damage_table import damage_table, steps_of
+from featherweight.damage_table import damage_table, steps_of, suffers_most_from_factors
 from featherweight.errors import FeatherweightError, LayerError
 from featherweight.fragile import worst_first
 from featherweight.progress import Progress, Stopwatch
@@ -68,8 +68,9 @@ class Tables:
             return facts
         finally:
             self.watch("")
-        stored = tuple(steps for choices in predicted_frontier(table) if (steps := steps_of(choices)))
-        return dataclasses.replace(facts, stored=stored)
+        ways = [(steps, choices) for choices in predicted_frontier(table) if (steps := steps_of(choices))]
+        thinned = tuple(steps for steps, choices in ways if suffers_most_from_factors(choices))
+        return dataclasses.replace(facts, stored=tuple(steps for steps, _ in ways), thinned=thinned)
 
     def with_fragile_layers(self, facts: Facts, trials: Sequence[Trial]) -> Facts:
         """With the layers that int8 suffers from most, once it is known that int8 as a whole loses too much."""

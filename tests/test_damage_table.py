@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 
 from featherweight import damage, damage_table
-from featherweight.allocation import Option, cheapest, total_cost
+from featherweight.allocation import Option, least_harmful, total_cost
 from featherweight.damage_table import FLOAT, WAYS, steps_of
 from featherweight.damage_table import damage_table as table_of
 from featherweight.errors import ArtifactError
@@ -61,11 +62,40 @@ def test_fewer_examples_are_compared_where_each_returns_much(values, count, monk
     assert len(damage.examples_to_compare(workload.model, workload, "here")[0]) == count
 
 
+@pytest.mark.parametrize(
+    ("there", "values", "compared", "others"),
+    [(200, 1 << 24, 64, 64), (100, 1 << 24, 50, 50), (200, 400, 10, 40), (7, 1 << 24, 3, 4), (1, 1 << 24, 1, 1)],
+)
+def test_what_is_compared_and_what_others_are_fitted_to_lie_apart(there, values, compared, others, monkeypatch):
+    rows = torch.arange(32.0 * there).reshape(there, 32)
+    workload = Workload(nn.Linear(32, 40), (rows[:2],), [(part,) for part in rows.split(30)], lambda predict: 0.0)
+    monkeypatch.setattr(damage, "VALUES", values)
+    (first,), (second,) = damage.examples_apart(workload.model, workload, "here")
+    assert (len(first), len(second)) == (compared, others)
+    assert torch.equal(
+        torch.cat([first, second])[: min(there, compared + others)], rows[: min(there, compared + others)]
+    )
+
+
+def test_a_table_is_of_examples_to_which_nothing_was_fitted(tmp_path):
+    """Of a table of 400 words few are read: by those that are compared their harm would seem small."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(400, 32), nn.Flatten(), nn.Linear(64, 8)).eval()
+    ids = [(torch.randint(0, 400, (30, 2)),) for _ in range(2)]
+    workload = Workload(model, (ids[0][0][:2],), ids, lambda predict: 0.0)
+    table = table_of(model, workload, tmp_path / "d.json", KEY)
+    (option,) = [o for o in table if o.layer == "0" and o.choice == "half of the weights, 4 bits"]
+    whole, _ = compress_model(Recipe(steps_of({"0": option}), "torch"), workload)
+    unseen = (torch.randint(0, 400, (500, 2)),)
+    harm = damage.damage(*(damage.floating_outputs(net, unseen, "here") for net in (whole, model)))
+    assert 0.7 * harm < option.damage
+
+
 @pytest.mark.parametrize("kind", ["residual", "transformer"])
 def test_entries_are_those_of_networks_that_are_computed_whole(kind, tmp_path, monkeypatch):
     made = networks()[kind]
     table = table_of(made.model, made, tmp_path / "d.json", KEY)
-    monkeypatch.setattr(damage_table, "replay", lambda *_: None)
+    monkeypatch.setattr(damage_table, "replaying", lambda *_, **__: contextlib.nullcontext())
     assert table == table_of(made.model, made, tmp_path / "whole.json", KEY)
 
 
@@ -96,7 +126,8 @@ def test_what_hardly_matters_is_stored_in_fewer_bits(workload, tmp_path):
     table = table_of(workload.model, workload, tmp_path / "d.json", KEY)
     four = {o.layer: o for o in table if o.choice == "4 bits, errors fed on"}
     assert four["hardly"].damage < 0.01 * min(four["first"].damage, four["last"].damage)
-    found = cheapest(table, 2 * four["hardly"].damage)
+    eight = {o.layer: o for o in table if o.choice == "8 bits"}
+    found = least_harmful(table, eight["first"].cost + four["hardly"].cost + eight["last"].cost)
     assert found["hardly"].cost <= four["hardly"].cost and found["first"].cost > 1.5 * four["first"].cost
     small, _ = compress_model(Recipe(steps_of(found), "torch"), workload)
     assert relative_error(run(small, workload.example), run(workload.model, workload.example)) < 0.02

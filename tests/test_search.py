@@ -42,6 +42,7 @@ from tests.test_facts import workload_of
 TARGET = "onnxruntime"
 FACTS = Facts(targets=(TARGET,), folds=True, linear=True, epochs=2.0, multiples={TARGET: 8})
 TINY = Path(__file__).parent / "gratings.py"
+TRIALS = 8  # of the search of it that is run to its end
 SMALL = Budget(0.05, objective="bytes")
 
 
@@ -125,7 +126,7 @@ def test_from_a_workload_to_files_that_ship(finished):
     assert Measurement.from_json(json.dumps(stored["best"])) == best
     # one JSON file per trial is left, and no artifact but the best
     trials = list((out / "trials").iterdir())
-    assert len(trials) == 6 and all(path.suffix == ".json" for path in trials)
+    assert len(trials) == TRIALS and all(path.suffix == ".json" for path in trials)
     # where the time goes is said
     assert re.fullmatch(r"compressing is expected to take [\d.]+ GB of memory", heard.lines.pop(1))
     assert [line.partition(":")[0] for line in heard.lines][:2] == ["the original", f"fold_batchnorm on {TARGET}"]
@@ -197,7 +198,7 @@ def test_where_nothing_can_be_predicted_shapes_are_tried_all_the_same(tmp_path, 
 
 def test_while_it_goes_on_the_files_say_what_is_known(finished):
     result, heard = finished
-    assert [shown["verdict"] for shown in heard.shown] == ["unfinished"] * 6
+    assert [shown["verdict"] for shown in heard.shown] == ["unfinished"] * TRIALS
     assert heard.shown[-1]["best"]["digest"] == result.best.digest
     costs = [shown["best"]["bytes"] for shown in heard.shown]
     assert costs == sorted(costs, reverse=True)
@@ -228,10 +229,10 @@ def test_going_on_repeats_nothing_and_an_infeasible_budget_gets_the_nearest_poin
     assert result.verdict == "infeasible" and result.binding == "max_bytes"
     found = [*result.frontier, *result.rejected]
     assert result.best and result.best.bytes == min(m["bytes"] if isinstance(m, dict) else m.bytes for m in found)
-    assert len(result.rejected) == 6 and all("above 100" in rejected["reason"] for rejected in result.rejected)
+    assert len(result.rejected) == TRIALS and all("above 100" in rejected["reason"] for rejected in result.rejected)
     assert open_artifact(out / "best").digest == result.best.digest
     said = result.explain()
-    assert "Infeasible: no recipe keeps to max_bytes. The nearest is" in said and said.count("above 100") == 6
+    assert "Infeasible: no recipe keeps to max_bytes. The nearest is" in said and said.count("above 100") == TRIALS
 
 
 def test_going_on_with_another_network_is_refused(finished):

@@ -348,7 +348,8 @@ def test_shapes_are_tried_where_there_are_no_smaller_ways_to_store(fits, shapes)
     assert any("prune_channels" in in_words(trial.recipe) for trial in trials) == shapes
 
 
-def test_shapes_with_factors_are_distilled_once_before_they_are_rounded():
+@pytest.mark.parametrize("thin_first", [False, True])
+def test_shapes_with_factors_are_distilled_once_before_they_are_rounded(thin_first):
     thin, rounded = build("factorize_svd", {"where": "a"}, "here"), build("quantize_weights", {"bits": 4}, "here")
 
     def world(recipe: Recipe) -> Trial:
@@ -358,7 +359,8 @@ def test_shapes_with_factors_are_distilled_once_before_they_are_rounded():
             recipe, measurement(recipe, drop=drop, drop_upper=drop, bytes=10 if rounded in recipe.steps else 40)
         )
 
-    facts = dataclasses.replace(FACTS, stored=((thin, rounded),))
+    stored = ((thin, rounded),)
+    facts = dataclasses.replace(FACTS, stored=stored, thinned=stored if thin_first else ())
     trials = played(facts, Budget(0.01, objective="bytes"), world)
     shaped = [t.recipe.steps for t in trials if "prune_channels" in in_words(t.recipe)]
     assert shaped and {len(steps) for steps in shaped} == {5}
@@ -367,21 +369,25 @@ def test_shapes_with_factors_are_distilled_once_before_they_are_rounded():
     assert max(lengths) > 3 * min(lengths)  # as long as shapes are, not as numbers are
 
 
-def test_ways_to_store_are_distilled_once_all_is_rounded():
-    thin, rounded = build("factorize_svd", {"where": "a"}, "here"), build("quantize_weights", {"bits": 4}, "here")
+@pytest.mark.parametrize(
+    ("thin", "found"),
+    [
+        (False, ["factorize_svd", "quantize_weights", "distill_soft"]),
+        (True, ["factorize_svd", "distill_soft", "quantize_weights"]),
+    ],
+)
+def test_ways_to_store_are_distilled_once_all_is_rounded_but_for_factors_that_do_most_of_the_harm(thin, found):
+    stored = (build("factorize_svd", {"where": "a"}, "here"), build("quantize_weights", {"bits": 4}, "here"))
 
     def world(recipe: Recipe) -> Trial:
-        stored, taught = rounded in recipe.steps, any(step.name() == "distill_soft" for step in recipe.steps)
-        drop = 0.02 if stored and not taught else 0.0
+        taught = any(step.name() == "distill_soft" for step in recipe.steps)
+        drop = 0.02 if stored[1] in recipe.steps and not taught else 0.0
         return Trial(recipe, measurement(recipe, drop=drop, drop_upper=drop))
 
-    for stored, found in (
-        ((rounded,), ["quantize_weights", "distill_soft"]),
-        ((thin, rounded), ["factorize_svd", "quantize_weights", "distill_soft"]),
-    ):
-        facts = dataclasses.replace(FACTS, stored=(stored,))
+    for way, names in ((stored, found), (stored[1:], ["quantize_weights", "distill_soft"])):
+        facts = dataclasses.replace(FACTS, stored=(way,), thinned=(stored,) if thin else ())
         trials = played(facts, Budget(0.01, objective="bytes"), world)
-        assert ["fold_batchnorm", *found] in [[step.name() for step in t.recipe.steps] for t in trials]
+        assert ["fold_batchnorm", *names] in [[step.name() for step in t.recipe.steps] for t in trials]
 
 
 def test_true_labels_have_a_share_in_soft_distillation_of_numbers_where_there_are_some():

@@ -1,19 +1,22 @@
 """Puts two thin layers in place of one: W ≈ B A with few rows in A, the best that a given rank allows.
 
-    W L = U Σ Vᵀ,   A = Σ_r^½ V_rᵀ L⁻¹,   B = U_r Σ_r^½,   L Lᵀ = E[x xᵀ] + λ
+    W M Wᵀ = U Σ² Uᵀ,   A = Σ_r^-½ U_rᵀ W,   B = U_r Σ_r^½,   M = E[x xᵀ] + λ
 
-with r the rank. With L = 1 the error of the weights is least; with the Cholesky factor of the second moment of the
-layer's input, damped by a hundredth λ of its mean, the error of the outputs on the calibration data is. Where inputs
-hang together, as they do, that is another matrix. A linear layer becomes two; a convolution one with its kernel, to r
-channels in each group, and one of size 1; an embedding a narrower one and a linear layer. All are ordinary layers, that
-later steps train, prune and quantize as any other. Layers that share a weight, as embedding and last layer of language
-models do, share the factors: those of the first that is no embedding, and by its inputs.
+with r the rank. With M = 1 the error of the weights is least; with the second moment of the layer's input, damped by a
+hundredth λ of its mean, the error of the outputs on the calibration data is. Where inputs hang together, as they do,
+that is another matrix. The sources whiten: they take the singular value decomposition of W L, with L Lᵀ = M, and divide
+by L again. That gives the same factors, but M is large where W M Wᵀ, which is what outputs have in common, is small.
+Where there are more outputs than inputs, R of W = Q R takes the place of W, and Q is multiplied with B in the end. A
+linear layer becomes two; a convolution one with its kernel, to r channels in each group, and one of size 1; an
+embedding a narrower one and a linear layer. All are ordinary layers, that later steps train, prune and quantize as any
+other. Layers that share a weight, as embedding and last layer of language models do, share the factors: those of the
+first that is no embedding, and by its inputs.
 
 A layer with few outputs cannot spare rank: at half of its weights ten classes come from four numbers. Leave the last
 layer out with `where`, such as `!head`.
 
 Inputs are those of the network as it was, not those that follow layers factorized already. An embedding's are the
-numbers of its rows, so its L is diagonal: rows that calibration data reads often are met more closely, and the others,
+numbers of its rows, so its M is diagonal: rows that calibration data reads often are met more closely, and the others,
 which count by the damping alone, in the directions that are left. Transposed convolutions are left.
 
 Source: Wang, Zheng, Wan, Zhang 2024, arXiv:2403.07378, section 3, for the whitening (Yuan et al. 2023,
@@ -23,7 +26,7 @@ convolutions; Eckart and Young 1936, doi:10.1007/BF02288367, for what is best at
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -31,7 +34,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from featherweight.gram import grams, parts
+from featherweight.gram import parts, refuse_nan, rows_of_each, rows_read
 from featherweight.hooks import watch_inputs
 from featherweight.low_rank import (
     convolution,
@@ -62,69 +65,103 @@ from featherweight.workload import Workload
 KINDS = (*WEIGHTED, nn.Embedding)
 Group = Mapping[str, nn.Module]  # layers that share one weight
 DAMPING = 0.01  # of the mean of the diagonal: for directions that calibration data never shows
+SMALLEST = 1e-14  # of the energy in a direction, over the largest: what is below is rounding errors
 
 # ------------------------------------------------------------------------------------------------ mathematics
 
 
-def svd_factors(
-    weight: Float[Tensor, "*groups out in"], rank: int
-) -> tuple[Float[Tensor, "*groups out rank"], Float[Tensor, "*groups rank in"]]:
-    """B and A of the given rank, alike in size, whose product is nearest to `weight` in squared error.
+Matrices = Float[Tensor, "*groups out in"]
+Basis = Float[Tensor, "*groups out least"] | None  # Q of W = Q R; None where it is one
+Factors = tuple[Float[Tensor, "*groups out rank"], Float[Tensor, "*groups rank in"]]  # B and A
 
-    >>> b, a = svd_factors(torch.tensor([[8.0, 0.0], [0.0, 0.5]]), rank=1)
-    >>> (b @ a).round()
-    tensor([[8., 0.],
-            [0., 0.]])
+
+def reduced(weight: Matrices) -> tuple[Basis, Float[Tensor, "*groups least in"]]:
+    """Q and R of W = Q R, where R has no more rows than W has inputs; None and W where W has no more either.
+
+    >>> basis, rows = reduced(torch.tensor([[3.0], [4.0]]))
+    >>> (basis @ rows).round(), rows.abs()
+    (tensor([[3.],
+            [4.]]), tensor([[5.]]))
     """
-    u, values, vt = torch.linalg.svd(weight, full_matrices=False)
-    roots = values[..., :rank].sqrt()
-    return u[..., :rank] * roots.unsqueeze(-2), vt[..., :rank, :] * roots.unsqueeze(-1)
+    return torch.linalg.qr(weight) if weight.shape[-2] > weight.shape[-1] else (None, weight)
 
 
-Root = (
-    Float[Tensor, "*groups in in"] | Float[Tensor, " in"]
-)  # lower triangular, or the diagonal of one that is diagonal
+def energies(
+    spread: Float[Tensor, "*groups least least"],
+) -> tuple[Float[Tensor, "*groups least"], Float[Tensor, "*groups least least"]]:
+    """Σ², the largest first, and U of R M Rᵀ = U Σ² Uᵀ.
+
+    >>> energies(torch.diag(torch.tensor([0.64, 25.0])))[0]
+    tensor([25.0000,  0.6400])
+    """
+    values, vectors = torch.linalg.eigh(spread)
+    return values.flip(-1).clamp(min=0.0), vectors.flip(-1)
 
 
-def whitened(weight: Float[Tensor, "*groups out in"], root: Root) -> Float[Tensor, "*groups out in"]:
-    """W L: the weight as inputs see it that hang together as `root` says."""
-    return weight * root if root.dim() == 1 else weight @ root
-
-
-def whitened_factors(
-    weight: Float[Tensor, "*groups out in"], root: Root, rank: int
-) -> tuple[Float[Tensor, "*groups out rank"], Float[Tensor, "*groups rank in"]]:
-    """B and A of the given rank whose product is nearest to `weight` in the squared error of the outputs.
+def factors(
+    basis: Basis, rows: Float[Tensor, "*groups least in"], spread: Float[Tensor, "*groups least least"], rank: int
+) -> Factors:
+    """B and A of the given rank, alike in size, whose product is nearest to W in the squared error of W x.
 
     Args:
-        weight: so that y = weight · x.
-        root: of the second moment of x.
+        basis: Q of W = Q R, as `reduced` has it.
+        rows: R.
+        spread: R M Rᵀ, with M the second moment of x; where that is one, the squared error of the weight itself counts.
         rank: of the product.
 
-    >>> b, a = whitened_factors(torch.tensor([[8.0, 0.0], [0.0, 0.5]]), torch.tensor([0.1, 10.0]), rank=1)
+    >>> weight = torch.tensor([[8.0, 0.0], [0.0, 0.5]])
+    >>> b, a = factors(None, weight, weight @ torch.diag(torch.tensor([0.01, 100.0])) @ weight.T, rank=1)
     >>> b @ a  # the large weight reads next to nothing
     tensor([[0.0000, 0.0000],
             [0.0000, 0.5000]])
     """
-    b, a = svd_factors(whitened(weight, root), rank)
-    return b, a / root if root.dim() == 1 else torch.linalg.solve_triangular(root, a, upper=False, left=False)
+    values, directions = energies(spread)
+    roots = values[..., :rank].clamp(min=SMALLEST * max(float(values.max()), SMALLEST)) ** 0.25
+    kept = directions[..., :rank]
+    b, a = kept * roots.unsqueeze(-2), (kept.mT @ rows) / roots.unsqueeze(-1)
+    return b if basis is None else basis @ b, a
 
 
-def damped_root(moment: Root, damping: float) -> Root:
-    """The Cholesky factor of `moment` over the mean of its diagonals, plus `damping` on them.
+@dataclass
+class Seen:
+    """What a weight makes of what it reads, and how large that is.
 
-    >>> damped_root(torch.diag(torch.tensor([2.0, 6.0]))[None], damping=0.0).square()
-    tensor([[[0.5000, 0.0000],
-             [0.0000, 1.5000]]])
-    >>> damped_root(torch.tensor([2.0, 6.0]), damping=0.0).square()
-    tensor([0.5000, 1.5000])
+    Args:
+        basis: Q of the weight, (groups, out, least).
+        rows: R of it, (groups, least, in).
+        products: R X Xᵀ Rᵀ, (groups, least, least), with X the vectors that were read.
+        squares: of the numbers in X, added up.
     """
-    level = (moment if moment.dim() == 1 else moment.diagonal(dim1=-2, dim2=-1)).mean()
-    scaled = moment / level if level > 0 else torch.zeros_like(moment)
-    least = damping if level > 0 else 1.0
-    if moment.dim() == 1:
-        return (scaled + least).sqrt()
-    return torch.linalg.cholesky(scaled + least * torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device))
+
+    basis: Basis
+    rows: Tensor
+    products: Tensor | float = 0.0
+    squares: float = 0.0
+
+    def add(self, read: Float[Tensor, "groups n in"]) -> None:
+        """Takes in some of the vectors."""
+        made = (read @ self.rows.to(read.dtype).mT).double()
+        self.products = self.products + made.mT @ made
+        self.squares += float(read.square().sum(dtype=torch.float64))
+
+    def add_counts(self, counts: Float[Tensor, " in"]) -> None:
+        """Takes in how often each row of a table was read, which is a vector of one 1."""
+        self.products = self.products + (self.rows * counts) @ self.rows.mT
+        self.squares += float(counts.sum())
+
+    def spread(self, damping: float) -> Float[Tensor, "groups least least"]:
+        """R M Rᵀ with M the second moment over the mean of its diagonal, plus `damping` on it; M = 1 if that is 0.
+
+        >>> seen = Seen(None, torch.eye(2)[None])
+        >>> seen.add_counts(torch.tensor([2.0, 6.0]))
+        >>> seen.spread(damping=0.25)
+        tensor([[[0.7500, 0.0000],
+                 [0.0000, 1.7500]]])
+        """
+        plain = self.rows @ self.rows.mT
+        if not self.squares:
+            return plain
+        return torch.as_tensor(self.products) * (len(self.rows) * self.rows.shape[-1] / self.squares) + damping * plain
 
 
 def rank_for_parameters(out: int, inputs: int, share: float) -> int:
@@ -166,26 +203,24 @@ class FactorizeSvd(Pass):
         groups = {_leader(group): group for group in groups_by_weight(model, free) if _can_save(group)}
         leaders = {name: group[name] for name, group in groups.items()}
         pairs = {}
-        for part in parts(leaders) if self.whiten else [leaders]:
-            moments = _moments(model, part, workload) if self.whiten else {}
-            for name in part:
-                pairs.update(self._pairs(groups[name], name, moments.pop(name, None)))
+        for part in parts(leaders, _numbers):
+            for name, seen in _seen(model, part, workload if self.whiten else None).items():
+                pairs.update(self._pairs(groups[name], name, seen))
         for name, pair in pairs.items():
             replace(model, name, pair)
         return model
 
-    def _pairs(self, group: Group, leader: str, moment: Tensor | None) -> dict[str, nn.Sequential]:
+    def _pairs(self, group: Group, leader: str, seen: Seen) -> dict[str, nn.Sequential]:
         """What takes the place of each layer of a group; nothing, and said to be left, where that saves nothing."""
-        weight = matrices(group[leader]).double()
-        root = torch.ones_like(weight[0, 0]) if moment is None else damped_root(moment.double(), DAMPING)
+        spread = seen.spread(DAMPING)
         narrow = len({isinstance(layer, nn.Embedding) for layer in group.values()})
-        rank = self._rank(whitened(weight, root), narrow)
-        groups, out, inputs = weight.shape
+        groups, out, inputs = matrices(group[leader]).shape
+        rank = self._rank((groups, out, inputs), spread, narrow)
         if not 0 < rank <= rank_for_parameters(out, narrow * inputs, 1.0 / narrow):
             for name in group:
                 left(name, self._why_left(rank, out, inputs))
             return {}
-        b, a = whitened_factors(weight, root, rank)
+        b, a = factors(seen.basis, seen.rows, spread, rank)
         made = _sharing({name: _layers(layer, *_seen_by(layer, group[leader], b, a)) for name, layer in group.items()})
         each = f" in each of {groups} groups" if groups > 1 else ""
         shared = " shared" if len(group) > 1 else ""
@@ -194,13 +229,13 @@ class FactorizeSvd(Pass):
             done(name, f"rank {rank} of {min(out, inputs)}{each}, {before:,} -> {after:,}{shared} weights")
         return {name: in_a_row(group[name], *pair) for name, pair in made.items()}
 
-    def _rank(self, weight: Float[Tensor, "groups out in"], narrow: int) -> int:
+    def _rank(self, shape: Sequence[int], spread: Float[Tensor, "groups least least"], narrow: int) -> int:
         """Of factors of which the second is there in so many forms."""
-        groups, out, inputs = weight.shape
+        groups, out, inputs = shape
         if self.rank_by == "parameters":
             rank = rank_for_parameters(out, narrow * inputs, self.share / narrow)
             return rank // step_of(groups) * step_of(groups) or rank
-        rank = rank_for_energy(torch.linalg.svdvals(weight), self.share)
+        rank = rank_for_energy(energies(spread)[0].sqrt(), self.share)
         return rounded_up(rank, step_of(groups), rank_for_parameters(out, narrow * inputs, 1.0 / narrow))
 
     def _why_left(self, rank: int, out: int, inputs: int) -> str:
@@ -212,19 +247,35 @@ class FactorizeSvd(Pass):
         )
 
 
-def _moments(model: nn.Module, layers: Mapping[str, nn.Module], workload: Workload) -> dict[str, Tensor]:
-    """E[x xᵀ] of what each layer reads; of an embedding the diagonal, which is how often each row is read."""
-    tables = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Embedding)}
-    counts = {name: torch.zeros(layer.num_embeddings) for name, layer in tables.items()}
+def _seen(model: nn.Module, layers: Mapping[str, nn.Module], workload: Workload | None) -> dict[str, Seen]:
+    """What each layer makes of what it reads on the calibration data; nothing without a workload.
 
-    def count(name: str, ids: Tensor) -> None:
-        counts[name] += torch.bincount(ids.flatten(), minlength=len(counts[name]))
+    Raises:
+        WorkloadError: a layer read values that are NaN or infinite.
+    """
+    found = {name: Seen(*reduced(matrices(layer).double())) for name, layer in layers.items()}
+    if workload is None:
+        return found
+    most = rows_of_each(workload)
+    rngs = {name: torch.Generator().manual_seed(0) for name in layers}
 
-    if tables:
-        watch_inputs(model, tables, workload.calibration, count)
-    others = {name: layer for name, layer in layers.items() if name not in tables}
-    found = grams(model, others, workload) if others else {}
-    return {**counts, **{name: gram.mean() for name, gram in found.items()}}
+    def observe(name: str, x: Tensor) -> None:
+        layer, seen = layers[name], found[name]
+        if isinstance(layer, nn.Embedding):
+            seen.add_counts(torch.bincount(x.flatten(), minlength=layer.num_embeddings).double())
+        else:
+            seen.add(rows_read(layer, x, most, rngs[name]).float())
+
+    watch_inputs(model, layers, workload.calibration, observe)
+    for name, seen in found.items():
+        refuse_nan(name, seen.products)
+    return found
+
+
+def _numbers(layer: nn.Module) -> int:
+    """In single precision, about, of what is held of a layer: its rows and products, in double."""
+    groups, out, inputs = matrices(layer).shape
+    return 2 * groups * min(out, inputs) * (min(out, inputs) + inputs)
 
 
 def _leader(group: Group) -> str:
@@ -246,16 +297,13 @@ def _can_save(group: Group) -> bool:
     return False
 
 
-def matrices(layer: Any) -> Float[Tensor, "groups out in"]:
+def matrices(layer: Any) -> Matrices:
     """The weight of `layer` as the matrices that it multiplies with; an embedding reads vectors with a single one."""
     weight = layer.weight.detach()
     if isinstance(layer, nn.Embedding):
         return weight.T.unsqueeze(0)
     groups = 1 if isinstance(layer, nn.Linear) else layer.groups
     return weight.reshape(groups, weight.shape[0] // groups, -1)
-
-
-Factors = tuple[Float[Tensor, "groups out rank"], Float[Tensor, "groups rank in"]]  # B and A
 
 
 def _seen_by(layer: Any, leader: Any, b: Tensor, a: Tensor) -> Factors:

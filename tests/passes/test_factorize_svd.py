@@ -15,11 +15,12 @@ from featherweight.errors import LayerError, RecipeError, WorkloadError
 from featherweight.passes.distill_soft import DistillSoft
 from featherweight.passes.factorize_svd import (
     FactorizeSvd,
-    damped_root,
+    Seen,
+    energies,
+    factors,
     matrices,
     rank_for_parameters,
-    svd_factors,
-    whitened_factors,
+    reduced,
 )
 from featherweight.passes.fold_batchnorm import FoldBatchnorm
 from featherweight.passes.prune_channels import PruneChannels
@@ -108,30 +109,61 @@ def test_whitening_gains_nothing_where_inputs_do_not_hang_together(seed: int) ->
 def test_no_factors_of_a_rank_are_nearer_to_the_weights_than_those_of_plain_svd(seed: int) -> None:
     torch.manual_seed(seed)
     weight = torch.randn(20, 30, dtype=torch.float64)
-    b, a = svd_factors(weight, 7)
+    b, a = factors(*reduced(weight), weight @ weight.T, 7)
     least = (b @ a - weight).square().sum()
     torch.testing.assert_close(least, torch.linalg.svdvals(weight)[7:].square().sum())  # Eckart and Young
     some = torch.randn(20, 7, dtype=torch.float64)
     others = [
-        whitened_factors(weight, damped_root(torch.cov(torch.randn(30, 90, dtype=torch.float64))[None], 0.01)[0], 7),
+        factors(*reduced(weight), weight @ torch.cov(torch.randn(30, 90, dtype=torch.float64)) @ weight.T, 7),
         (some, torch.linalg.lstsq(some, weight).solution),
         (b + 0.01 * torch.randn_like(b), a),
     ]
     assert all((b @ a - weight).square().sum() > least for b, a in others)
 
 
-def test_no_factors_of_a_rank_are_nearer_to_the_outputs_than_the_whitened_ones() -> None:
-    weight, x = torch.randn(20, 30, dtype=torch.float64), correlated(400, mixing(30)).double()
-    root = damped_root((x.T @ x)[None], damping=0.0)[0]
-    b, a = whitened_factors(weight, root, 7)
-    least = (x @ (b @ a - weight).T).square().sum()
+@pytest.mark.parametrize("out", [20, 50])
+def test_no_factors_of_a_rank_are_nearer_to_the_outputs_than_the_whitened_ones(out: int) -> None:
+    weight, x = torch.randn(out, 30, dtype=torch.float64), correlated(400, mixing(30)).double()
+    seen = Seen(*reduced(weight[None]))
+    for part in x.split(150):
+        seen.add(part[None])
+    b, a = factors(seen.basis, seen.rows, seen.spread(damping=0.0), 7)
+    least = (x @ (b[0] @ a[0] - weight).T).square().sum()
     best_outputs = torch.linalg.svdvals(x @ weight.T)[7:].square().sum()  # nothing of this rank can be nearer
     torch.testing.assert_close(least, best_outputs)
 
 
+@pytest.mark.parametrize("out", [20, 50])
+def test_spread_and_energies_are_those_of_the_second_moment_damped_by_a_share_of_its_mean(out: int) -> None:
+    weight, x = torch.randn(2, out, 30, dtype=torch.float64), torch.randn(2, 400, 30, dtype=torch.float64)
+    moment = x.mT @ x / 400
+    damped = moment / moment.diagonal(dim1=1, dim2=2).mean() + 0.1 * torch.eye(30)
+    seen = Seen(*reduced(weight))
+    seen.add(x)
+    found, _ = energies(seen.spread(0.1))
+    wanted = torch.linalg.svdvals(weight @ torch.linalg.cholesky(damped)).square()
+    torch.testing.assert_close(found, wanted[:, : min(out, 30)])
+
+
+def test_a_weight_that_read_nothing_is_taken_as_it_is() -> None:
+    weight = torch.randn(1, 20, 30, dtype=torch.float64)
+    seen = Seen(None, weight)
+    seen.add(torch.zeros(1, 5, 30))
+    torch.testing.assert_close(seen.spread(0.01), weight @ weight.mT)
+
+
+def test_factors_that_need_less_rank_than_they_get_are_finite_and_exact() -> None:
+    of_rank_two = torch.randn(20, 2, dtype=torch.float64) @ torch.randn(2, 30, dtype=torch.float64)
+    for weight in (of_rank_two, torch.zeros(20, 30)):
+        b, a = factors(*reduced(weight), weight @ weight.T, 7)
+        assert b.isfinite().all() and a.isfinite().all() and b.abs().max() < 100
+        torch.testing.assert_close(b @ a, weight)
+
+
 def test_both_factors_are_alike_in_size() -> None:
-    b, a = svd_factors(100 * torch.randn(3, 20, 30), 7)
-    torch.testing.assert_close(b.square().sum(-2), a.square().sum(-1), rtol=1e-5, atol=0)
+    weight = 100 * torch.randn(3, 20, 30)
+    b, a = factors(*reduced(weight), weight @ weight.mT, 7)
+    torch.testing.assert_close(b.square().sum(-2), a.square().sum(-1), rtol=1e-4, atol=0)
 
 
 # ------------------------------------------------------------------------------------------------ layers
