@@ -61,13 +61,13 @@ def least_harmful(options: Sequence[Option], most_cost: float) -> dict[str, Opti
     while True:  # what does more damage alone than all that is known is no option: so the solver sees small damages too
         known = total_damage(found)
         better = _solved([o for o in options if o.damage <= known], most_cost, unit=known)
-        if total_damage(better) >= (1 - CLOSE) * known:
+        if better is None or total_damage(better) >= (1 - CLOSE) * known:
             return found
         found = better
 
 
-def _solved(options: Sequence[Option], most_cost: float, unit: float) -> dict[str, Option]:
-    """The least harmful, for a solver whose tolerances are those for damages of about `unit`."""
+def _solved(options: Sequence[Option], most_cost: float, unit: float) -> dict[str, Option] | None:
+    """The least harmful, told apart to a small part of `unit`; None where the solver's tolerance leaves no choice."""
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array
 
@@ -86,8 +86,8 @@ def _solved(options: Sequence[Option], most_cost: float, unit: float) -> dict[st
         bounds=Bounds(0, 1),
         options={"mip_rel_gap": 1e-6},
     )
-    if found.x is None:  # within the solver's tolerance the cheapest are all that there is
-        return {layer: min((o for o in options if o.layer == layer), key=lambda o: o.cost) for layer in layers}
+    if found.x is None:
+        return None
     return {option.layer: option for option, chosen in zip(options, found.x, strict=True) if chosen > 0.5}
 
 

@@ -201,9 +201,9 @@ def rows_of_each(workload: Workload) -> int:
     return max(1, SAMPLE // len(workload.calibration))
 
 
-def refuse_nan(name: str, products: Tensor | float) -> None:
+def refuse_nan(name: str, sums: Tensor | float) -> None:
     """Raises a WorkloadError where sums over what the layer `name` read are not numbers."""
-    if not torch.as_tensor(products).isfinite().all():
+    if not torch.as_tensor(sums).isfinite().all():
         raise WorkloadError(
             f"{name!r} read NaN or infinite values on the calibration data, by which no error can be weighed. "
             f"Look for such values in the batches, or leave the layer out with where: '!{name}'."

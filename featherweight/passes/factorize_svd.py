@@ -268,7 +268,7 @@ def _seen(model: nn.Module, layers: Mapping[str, nn.Module], workload: Workload 
 
     watch_inputs(model, layers, workload.calibration, observe)
     for name, seen in found.items():
-        refuse_nan(name, seen.products)
+        refuse_nan(name, seen.squares)
     return found
 
 
