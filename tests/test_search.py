@@ -424,7 +424,10 @@ def test_a_batch_takes_as_long_as_what_is_made_side_by_side_and_timed_one_by_one
     recipe = Recipe((passes.build("fold_batchnorm", {}, "test"),), TARGET)
     looking.trials = [Trial(recipe, None, "", seconds)]
     assert [looking._seconds_of([recipe] * n, workers=2) for n in (1, 2, 3)] == [7 + 8, 7 + 16, 14 + 24]
-    assert looking._seconds_of_final() == 24
+    assert looking._seconds_of_final() == 0  # there is nothing yet that could be measured once more
+    broken = Trial(recipe, measurement(score=0.1, drop=0.8, drop_upper=0.9), "", {**seconds, "judge": 400.0})
+    looking.trials = [Trial(recipe, measurement(), "", seconds), broken]
+    assert looking._seconds_of_final() == 2 * (4 + 8)  # of what fits, not of what talks on and on
 
 
 @quick
