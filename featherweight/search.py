@@ -414,7 +414,7 @@ class _Search:
         return making * math.ceil(len(recipes) / workers) + timing * len(recipes)
 
     def _seconds_of_final(self) -> float:
-        """Of judging and timing the candidate once more, on as much data again; what is broken takes longer to judge."""
+        """Of judging and timing the candidate again, on twice the data; what is broken takes longer to judge."""
         candidate = self.candidate()
         return 2 * sum(candidate.seconds.get(stage, 0.0) for stage in ("judge", "measure")) if candidate else 0.0
 
