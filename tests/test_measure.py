@@ -274,6 +274,40 @@ def test_quick_takes_the_control_from_the_baseline_and_leaves_the_test_split_alo
     assert calls == [] and found.test_score is None and found.test_drop_upper is None and found.test_score_low is None
 
 
+@pytest.mark.parametrize(
+    ("originals", "kept", "doubted"),
+    [
+        ([15.9], 15.9, False),  # within the noise: once is enough
+        ([158.0, 8.5], 8.5, False),
+        ([158.0, 40.0], 40.0, True),
+        ([3.0, 1.0], 3.0, True),  # what was disturbed was the first measurement, or it is another machine
+    ],
+)
+def test_what_is_timed_beside_other_work_is_timed_once_more(
+    originals: list[float], kept: float, doubted: bool, stage: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The original took 8 ms at first; the artifact's time goes with the original's, whichever is kept."""
+    task, real = workload(source="work.py:workload"), measuring.interleave
+    before = baseline(task)
+
+    def interleave(subjects: Sequence[Subject], inputs: Any, **effort: Any) -> Timings:
+        stage["latency"] |= {"original": originals[0], "artifact": originals.pop(0) / 4}
+        return real(subjects, inputs, **effort)
+
+    monkeypatch.setattr(measuring, "interleave", interleave)
+    found = measure(stage["artifact"], task, before, quick=True)
+    assert not originals and found.original_latency_ms == pytest.approx(kept, rel=0.01)
+    assert found.latency_ms == pytest.approx(kept / 4, rel=0.02)
+    assert any("ms at first" in doubt for doubt in found.doubts) is doubted
+
+
+def test_other_threads_than_at_first_are_not_taken_for_other_work(stage: dict[str, Any]) -> None:
+    task = workload(source="work.py:workload")
+    before, stage["latency"]["original"] = baseline(task), 1.0
+    found = measure(stage["artifact"], task, before, threads=2, quick=True)
+    assert len(stage["calls"]) == 2 and not any("at first" in doubt for doubt in found.doubts)
+
+
 def test_drops_are_paired_and_positive_when_it_got_worse(stage: dict[str, Any]) -> None:
     task = workload(source="w.py")
     before = baseline(task)
