@@ -35,7 +35,7 @@ COMPARED = (
     0.7  # of what the whole network costs: where routes are compared, and those that fit there again at its square
 )
 ROUNDS = 2  # of two shapes each: of channels alone the share is found to LARGEST_SHARE / 3**2
-FINALISTS = 3  # at most, the shapes that are distilled for long, two of them at first
+FINALISTS = 4  # at most, the shapes that are distilled for long, two at a time
 FAILURES = 2  # of finalists in a row after which nothing that fits is expected
 
 
@@ -97,8 +97,7 @@ class _Course:
             self.tried |= yield from self.taught(shapes, SHORT)
         left = FINALISTS
         while left and (self.best() or FINALISTS - left < FAILURES):
-            count = 2 if left == FINALISTS else 1
-            if not (shapes := _finalists(route, self.tried, self.finals, budget, count)):
+            if not (shapes := _finalists(route, self.tried, self.finals, budget)[:left]):
                 break
             self.finals |= yield from self.taught(shapes, LONG)
             left -= len(shapes)
@@ -143,43 +142,51 @@ def _best_teaching(first: Trial, others: Sequence[Trial]) -> tuple[str, Trial]:
 
 
 def _finalists(
-    route: Route, tried: Mapping[Shape, Trial], finals: Mapping[Shape, Trial], budget: Budget, count: int
+    route: Route, tried: Mapping[Shape, Trial], finals: Mapping[Shape, Trial], budget: Budget
 ) -> list[Shape]:
-    """Shapes to distil for long, of those that would cost less than the best.
+    """Two shapes at most to distil for long, of those that would cost less than the best.
 
     What comes later on the route costs less, whatever was measured: neighbours differ by less than noise. First the
-    cheapest whose mean drop keeps to the budget, so that only certainty lacks. Where a finalist of the route did not
-    fit that is smaller than the best, or all that are smaller lose far too much: halfway to the next of them. Else
-    `count` that lack least.
+    cheapest whose mean drop keeps to the budget, so that only certainty lacks, and one beyond it. Where a finalist of
+    the route did not fit that is smaller than the best, or all that are smaller lose far too much: by thirds to the
+    next of them. Else those that lack least; where that is one alone, and what lies before it.
     """
     known = {**tried, **finals}
+    points = {shape: point for point, shape in enumerate(route, 1)}
     fitting = {shape: trial for shape, trial in known.items() if trial.drop_fits(budget)}
     best = min(fitting, key=lambda shape: fitting[shape].cost(budget), default=None)
-    points = {shape: point for point, shape in enumerate(route)}
 
-    def halfway(shapes: Iterable[Shape]) -> list[Shape]:
-        """Between the best and the next that did not fit; nothing where that was tried."""
-        beyond = [points[s] for s in shapes if best in points and points.get(s, -1) > points[best]]
-        middle = [route[(points[best] + min(beyond)) // 2]] if best and beyond else []
-        return [shape for shape in middle if shape not in known]
+    def beyond(start: Shape | None, shapes: Iterable[Shape]) -> list[Shape]:
+        return [shape for shape in shapes if start in points and points.get(shape, 0) > points[start]]
 
-    if best in points and any(points.get(s, -1) > points[best] for s in finals if s not in fitting):
-        return halfway(s for s in finals if s not in fitting)
+    def thirds(start: Shape | None, failed: Iterable[Shape]) -> list[Shape]:
+        """Between one and the next of those that failed; what was tried there is left out."""
+        ends = [points[shape] for shape in beyond(start, failed)]
+        between = points_to_try(len(route), [(points[start], True), (min(ends), False)]) if start and ends else []
+        return [route[point - 1] for point in between if route[point - 1] not in known]
+
+    failed = [shape for shape in finals if shape not in fitting]
+    if beyond(best, failed):
+        return thirds(best, failed)
     least = fitting[best].cost(budget) if best else math.inf
 
-    def is_cheaper(shape: Shape, trial: Trial) -> bool:
+    def is_cheaper(shape: Shape) -> bool:
         if best in points and shape in points:
             return points[shape] > points[best]
-        return trial.cost(budget) < least
+        return tried[shape].cost(budget) < least
 
     lacking = {
         shape: budget.excess(trial.measurement)["max_drop"]
         for shape, trial in tried.items()
-        if shape not in finals and trial.measurement and is_cheaper(shape, trial)
+        if shape not in finals and trial.measurement and is_cheaper(shape)
     }
-    if uncertain := [shape for shape in lacking if tried[shape].may_fit(budget)]:
-        cost = {shape: (-points.get(shape, -1), tried[shape].cost(budget)) for shape in uncertain}
-        return [min(uncertain, key=lambda shape: cost[shape])]
-    if best in finals and all(tried[shape].lost_too_much(budget) for shape in lacking):
-        return halfway(lacking)
-    return sorted(lacking, key=lambda shape: lacking[shape])[:count]
+    nearest = sorted(lacking, key=lambda shape: lacking[shape])
+    hopeless = [shape for shape in nearest if tried[shape].lost_too_much(budget)]
+    if uncertain := [shape for shape in nearest if tried[shape].may_fit(budget)]:
+        uncertain.sort(key=lambda shape: (-points.get(shape, 0), tried[shape].cost(budget)))
+        first, *others = dict.fromkeys([*uncertain, *(shape for shape in nearest if shape not in hopeless)])
+        further = (beyond(first, others) or thirds(first, hopeless)) if best else []
+        return [first, *(further or others or thirds(best, [first])[::-1])[:1]]
+    if best in finals and len(hopeless) == len(nearest):
+        return thirds(best, hopeless)
+    return [*nearest, *thirds(best, nearest)[::-1]][:2]

@@ -80,13 +80,16 @@ def _is_bounded(facts: Facts, numbers: Numbers) -> bool:
 
 def _settling(facts: Facts, budget: Budget) -> Generator[Round, list[Trial], tuple[str, Numbers] | None]:
     """The part of the search before shapes: the target and the numbers; None where the network fits no target."""
-    plain = dict(zip(facts.targets, (yield [Recipe(facts.steps(), target) for target in facts.targets]), strict=True))
+    names = facts.targets
+    as_it_is = [Recipe(facts.steps(), target) for target in names]
+    in_int8 = {target: Recipe(facts.steps("quantize_static"), target) for target in names}
+    early = list(in_int8.values()) if len(names) == 1 else []  # there is nothing to choose, so both are tried together
+    plain = dict(zip(names, (yield [*as_it_is, *early]), strict=False))
     costs = {target: trial.cost(budget) for target, trial in plain.items()}
     working = [target for target, cost in costs.items() if cost <= HOPELESS * min(costs.values()) < math.inf]
     if not working:
         return None
-    batch = [Recipe(facts.steps("quantize_static"), target) for target in working]
-    static = dict(zip(working, (yield batch), strict=True))
+    static = dict(zip(working, (yield [in_int8[target] for target in working]), strict=True))
     target = min(working, key=lambda name: (static[name] if static[name].measurement else plain[name]).cost(budget))
     return target, (yield from _numbers(facts, budget, target, plain[target]))
 
