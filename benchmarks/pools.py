@@ -50,7 +50,7 @@ class Killer(threading.Thread):
 
     def run(self) -> None:
         begin = 0.0
-        while not self.over.wait(0.05):
+        while not self.over.wait(1.0):
             building = [path for path in Path("/proc").glob("[0-9]*") if _title(path).startswith(BUILDING)]
             begin = begin or (time.monotonic() if building else 0.0)
             if building and time.monotonic() - begin >= self.seconds:
@@ -71,8 +71,9 @@ def search(chosen: argparse.Namespace, name: str, workers: int, kill_after: floa
     folder = chosen.folder / name
     quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
     ray.init(address="local", num_cpus=workers, object_store_memory=512 << 20, **quiet)
-    killer = Killer(kill_after if kill_after is not None else float("inf"))
-    killer.start()
+    killer = Killer(kill_after or 0.0)
+    if kill_after is not None:
+        killer.start()
     begin = time.monotonic()
     try:
         budget = Budget(chosen.max_drop, objective=chosen.objective)

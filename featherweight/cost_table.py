@@ -2,9 +2,9 @@
 
 A layer's shape is its form (kind, sizes, stride, …) and its widths (channels that it reads and returns). Each shape is
 measured at the network's own widths and at shares of them, in floats, in 8 and in 4 bits, as far as the target holds
-that; between widths the time is interpolated. Many layers are exported as one network, whose weights then come from as
-far away as those of a real one, and the runtime's own profile in a fresh process says what each took. So what calling
-a runtime costs, and the reordering at a network's ends, are in no entry.
+that; between widths the time is interpolated. Many layers are exported as one network, with as many weights as the real
+one would have at such widths, so that they come from as far away, and the runtime's own profile in a fresh process says
+what each took. So what calling a runtime costs, and the reordering at a network's ends, are in no entry.
 
 A network's latency is predicted as a multiple of the sum over its layers, and what lies between them as time in
 proportion to the values that they read and return; both are fitted to networks that were measured. Embeddings, norms,
@@ -43,7 +43,7 @@ from featherweight.surgery import CONVOLUTIONS, RecurrentWeight, encoding_of, in
 from featherweight.timing import BUSY, profiled
 from featherweight.workload import Workload, like
 
-FORMAT = 1  # of the files, and of what is measured: another number, another file
+FORMAT = 2  # of the files, and of what is measured: another number, another file
 PRECISIONS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {  # the steps that bring a layer there
     "fp32": (),
     "int8": (("quantize_static", {"range": "minmax"}),),
@@ -53,7 +53,7 @@ SHARES = (1.0, 0.75, 0.5, 0.25)  # of the channels, at which a shape is measured
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 RECURRENT = (nn.LSTM, nn.GRU, nn.RNN)
 KINDS = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear, *RECURRENT)
-TOGETHER, TOGETHER_BYTES = 48, 32 << 20  # layers in one network that is measured, and bytes of their weights
+TOGETHER, TOGETHER_BYTES = 48, 32 << 20  # at most, layers in one network that is measured, and bytes of weights
 RUNS, CALLS = 6, 5  # of such a network, and how often it is loaded anew
 FEWEST_CHANNELS = 16  # of a layer that is measured at other widths too
 HELD = 0.05  # how heavily the factor of a correction being 1 weighs, beside an error of as much
@@ -461,11 +461,12 @@ def cost_table(
             "The network calls no convolution, linear or recurrent layer on the example, so there is nothing to "
             f"measure on {target}. A cost table is of no use for it."
         )
-    shapes = dict.fromkeys(narrow for shape in own for narrow in candidates(shape, multiple))
+    beside = _bytes_beside(found, multiple)
+    shapes = sorted(beside, key=lambda shape: -beside[shape])
     wanted = [(precision, shape) for precision in precisions or PRECISIONS for shape in shapes]
     cache = _Cache(cache_folder() / f"{target}-{_digest(key := _key(target, threads, batch))}.json", key, say)
     missing = [entry for entry in wanted if anew or _text(entry) not in cache]
-    for done, chunk in _chunks(missing):
+    for done, chunk in _chunks(missing, beside):
         say.count(len(wanted) - len(missing) + done, len(wanted))
         say.stage(f"{target}: layers in {chunk[0][0]}")
         cache.add(*_measured(chunk, target, threads, batch, say))
@@ -604,11 +605,21 @@ def _untreated(layer: str, coverage: Iterable[Mapping[str, str]]) -> str:
     return next((row["skipped"] for row in rows), "is not treated by the step")
 
 
-def _chunks(entries: Sequence[Key]) -> Iterator[tuple[int, list[Key]]]:
+def _bytes_beside(layers: Sequence[Shape], multiple: int) -> dict[Shape, int]:
+    """The shapes that are measured, and how many bytes a network of such layers would have if all were as narrow."""
+    whole = sum(map(_bytes, layers))
+    found: dict[Shape, int] = {}
+    for shape in layers:
+        for narrow in candidates(shape, multiple):
+            found.setdefault(narrow, min(TOGETHER_BYTES, whole * _bytes(narrow) // _bytes(shape)))
+    return found
+
+
+def _chunks(entries: Sequence[Key], beside: Mapping[Shape, int]) -> Iterator[tuple[int, list[Key]]]:
     """Entries of one precision that are measured together, and how many come before them."""
     chunk: list[Key] = []
     for index, entry in enumerate(entries):
-        if chunk and not _fits(chunk, entry):
+        if chunk and not _fits(chunk, entry, beside[entry[1]]):
             yield index - len(chunk), chunk
             chunk = []
         chunk = [*chunk, entry]
@@ -616,18 +627,16 @@ def _chunks(entries: Sequence[Key]) -> Iterator[tuple[int, list[Key]]]:
         yield len(entries) - len(chunk), chunk
 
 
-def _fits(chunk: Sequence[Key], entry: Key) -> bool:
+def _fits(chunk: Sequence[Key], entry: Key, most: int) -> bool:
     """Whether an entry is of the precision of those in a chunk, and has room there."""
-    return chunk[0][0] == entry[0] and len(chunk) < TOGETHER and _bytes([*chunk, entry]) <= TOGETHER_BYTES
+    size = sum(_bytes(shape) for _, shape in (*chunk, entry))
+    return chunk[0][0] == entry[0] and len(chunk) < TOGETHER and size <= most
 
 
-def _bytes(entries: Iterable[Key]) -> int:
-    """Of their weights in floats, about."""
-    found = 0
-    for _, shape in entries:
-        kernel = dict(shape.form.settings).get("kernel_size", ())
-        found += 4 * shape.inputs * (1 if shape.form.depthwise else shape.outputs) * math.prod(kernel)
-    return found
+def _bytes(shape: Shape) -> int:
+    """Of a layer's weights in floats, about."""
+    kernel = dict(shape.form.settings).get("kernel_size", ())
+    return 4 * shape.inputs * (1 if shape.form.depthwise else shape.outputs) * math.prod(kernel)
 
 
 # ------------------------------------------------------------------------------------------------ the cache

@@ -178,6 +178,20 @@ def test_each_layer_is_measured_at_both_of_its_widths_as_they_can_become():
 # ------------------------------------------------------------------------------------------------ mathematics
 
 
+def test_layers_are_measured_among_as_many_weights_as_a_network_of_their_width_has():
+    form = Form("Linear", 1, (), ())
+    layers = [Shape(form, 1024, 1024)] * 2 + [Shape(form, 1024, 512)]  # 10 MiB
+    beside = cost_table._bytes_beside(layers, multiple=8)
+    assert beside[Shape(form, 1024, 1024)] == 10 << 20 and beside[Shape(form, 256, 256)] == (10 << 20) / 16
+    entries = [("fp32", shape) for shape in sorted(beside, key=lambda shape: -beside[shape])]
+    chunks = [chunk for _, chunk in cost_table._chunks(entries, beside)]
+    assert [entry for chunk in chunks for entry in chunk] == entries and len(chunks) < len(entries) / 2
+    for chunk in chunks:
+        held = sum(4 * shape.inputs * shape.outputs for _, shape in chunk)
+        assert held <= min(beside[shape] for _, shape in chunk)
+    assert max(cost_table._bytes_beside(layers * 9, multiple=8).values()) == cost_table.TOGETHER_BYTES
+
+
 def test_what_is_linear_in_both_widths_is_interpolated_exactly():
     def time(inputs: int, outputs: int) -> float:
         return 0.5 + 0.1 * inputs + 0.2 * outputs + 0.01 * inputs * outputs

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from featherweight import surgery, targets
+from featherweight.targets import Kernel
 from featherweight.testing import FORMS, networks, relative_error, run
 from featherweight.workload import Workload
 
@@ -110,3 +111,13 @@ def test_decoded_weights_are_no_rows_that_are_joined(tmp_path):
     (tmp_path / "stacked").mkdir()
     targets.find("openvino").export(networks()["stacked"].model, networks()["stacked"], tmp_path / "stacked")
     assert openvino._joins_rows(openvino._core().read_model(tmp_path / "stacked" / "model.xml"))
+
+
+@pytest.mark.parametrize(("told", "took"), [(30, 0.025), (3, 0.0)])
+def test_what_a_profile_adds_to_an_operator_is_taken_off_again(told, took):
+    onnxruntime = pytest.importorskip("featherweight.targets.onnxruntime")
+    event = {"name": "layer/conv_kernel_time", "dur": told, "args": {"op_name": "QLinearConv"}}
+    found = onnxruntime._kernel(event, added_ms=0.005)
+    assert found == Kernel("layer/conv", "QLinearConv", "int8", pytest.approx(took))
+    pytest.importorskip("onnxruntime")
+    assert 0 <= onnxruntime._added_ms(1) < 1  # milliseconds
