@@ -3,10 +3,10 @@
     python benchmarks/pools.py [examples/image.py] [--max-drop 0.01] [--objective bytes] [--json out/pools.json]
 
 Three searches in fresh folders, each with a Ray cluster of its own on this machine. Bytes are made small, for latencies
-differ from run to run, and with them what is tried. In the last search `kill -9` meets a worker that is building, at
+differ from run to run, and with them what is tried. In the last search `kill -9` meets a worker that is at work, at
 half of the time that two workers took. Trials, their order, scores and bytes, and every byte of the best artifact must
-be those of the first search. Of the time, the part in which the pool is at work is compared; beside it stands all that
-is not timing: facts, the table of damages and the last build are made by the search itself.
+be those of the first search. Of the time, the part in which the pool is at work is compared, at the table of damages
+and at trials; and all that is not timing, with what the search does itself, such as facts and the last build.
 
 It needs two processor cores that nothing else uses.
 """
@@ -22,6 +22,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from featherweight.search import POOL
 from featherweight.trials import read_trials
 
 TIMING = ("baseline", "measure", "final measurement")  # stages in which networks are timed, scores among them
+IN_POOL = ("damage", POOL)  # stages in which its workers are busy
 BUILDING = "ray::featherweight"  # what Ray calls a process that is at work for us
 
 
@@ -85,8 +87,12 @@ def search(chosen: argparse.Namespace, name: str, workers: int, kill_after: floa
     if result.interrupted:
         raise KeyboardInterrupt
     seconds = {**result.seconds, "all": round(time.monotonic() - begin, 1)}
-    untimed = seconds["all"] - sum(seconds.get(stage, 0.0) for stage in TIMING)
-    return {"workers": workers, "killed": killer.killed, "seconds": seconds, "untimed_s": untimed, **outcome(folder)}
+    told = {"workers": workers, "killed": killer.killed, "seconds": seconds, **outcome(folder)}
+    return {**told, "pool_s": _sum(seconds, IN_POOL), "untimed_s": seconds["all"] - _sum(seconds, TIMING)}
+
+
+def _sum(seconds: dict[str, float], stages: Sequence[str]) -> float:
+    return sum(seconds.get(stage, 0.0) for stage in stages)
 
 
 def outcome(folder: Path) -> dict[str, Any]:
@@ -116,22 +122,20 @@ def main() -> None:
     rows: dict[str, dict[str, Any]] = {}
     for name, workers in (("one", 1), ("two", 2), ("two, one killed", 2)):
         print(f"{name}:", flush=True)
-        half = rows["two"]["seconds"].get(POOL, 0.0) / 2 if "killed" in name else None
+        half = rows["two"]["pool_s"] / 2 if "killed" in name else None
         rows[name] = search(chosen, name.replace(", ", "_").replace(" ", "_"), workers, half)
     first = rows["one"]
     for row in rows.values():
         row["differing"] = [key for key in ("trials", "best", "files") if row[key] != first[key]]
-        row["share"] = round(row["seconds"].get(POOL, 0.0) / first["seconds"][POOL], 3)
+        row["share"] = round(row["pool_s"] / first["pool_s"], 3)
+        row["untimed_share"] = round(row["untimed_s"] / first["untimed_s"], 3)
     chosen.json.parent.mkdir(parents=True, exist_ok=True)
     chosen.json.write_text(json.dumps(rows, indent=1))
 
-    print("workers          trials  pool s  share  not timing s  all s  differs from the first")
+    print("workers          trials  pool s  share  not timing s  share  all s  differs from the first")
     for name, row in rows.items():
-        pool, whole = row["seconds"].get(POOL, 0.0), row["seconds"]["all"]
-        print(
-            f"{name:16} {len(row['trials']):6} {pool:7.1f} {row['share']:6.2f} {row['untimed_s']:13.1f} {whole:6.1f}",
-            end="",
-        )
+        pool = f"{row['pool_s']:7.1f} {row['share']:6.3f} {row['untimed_s']:13.1f} {row['untimed_share']:6.3f}"
+        print(f"{name:16} {len(row['trials']):6} {pool} {row['seconds']['all']:6.1f}", end="")
         print(f"  {', '.join(row['differing']) or 'in nothing'}")
     print(f"killed: {rows['two, one killed']['killed'] or 'nobody, the search was over before'}")
     failed = any(row["differing"] for row in rows.values()) or not rows["two, one killed"]["killed"]

@@ -9,7 +9,11 @@ HAWQ-V3, arXiv:2011.10680.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +39,7 @@ class Option:
 
 
 ROUNDING = 1e-9  # of a bound
+TOLERANCE = 1e-5  # the solver's, of a bound, and some more
 CLOSE = 1e-4  # of the damage: what is not worth another try to find less
 
 Choices = Mapping[str, Option]  # by layer
@@ -76,19 +81,44 @@ def _solved(options: Sequence[Option], most_cost: float, unit: float) -> dict[st
     one_each = csr_array((np.ones(len(options)), (rows, range(len(options)))), shape=(len(layers), len(options)))
     costs = np.array([option.cost for option in options])
     damages = np.array([option.damage for option in options])
-    found = milp(
-        damages / max(unit, 1e-30),
-        constraints=[
-            LinearConstraint(one_each, 1, 1),
-            LinearConstraint(costs[None] / max(most_cost, 1e-30), -np.inf, 1.0),
-        ],
-        integrality=np.ones(len(options)),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": 1e-6},
-    )
+    with _unheard():
+        found = milp(
+            damages / max(unit, 1e-30),
+            constraints=[
+                LinearConstraint(one_each, 1, 1),
+                LinearConstraint(costs[None] / max(most_cost, 1e-30), -np.inf, 1.0),
+            ],
+            integrality=np.ones(len(options)),
+            bounds=Bounds(0, 1),
+            options={"mip_rel_gap": 1e-6},
+        )
     if found.x is None:
         return None
-    return {option.layer: option for option, chosen in zip(options, found.x, strict=True) if chosen > 0.5}
+    choices = {option.layer: option for option, chosen in zip(options, found.x, strict=True) if chosen > 0.5}
+    # it has been seen to call optimal what keeps to no constraint (scipy issue 24141)
+    is_valid = len(choices) == len(layers) and total_cost(choices) <= most_cost * (1 + TOLERANCE)
+    return choices if is_valid else None
+
+
+@contextlib.contextmanager
+def _unheard() -> Iterator[None]:
+    """What C code writes to the standard output is dropped: HiGHS does so at times, whatever it is told."""
+    try:
+        flush = ctypes.CDLL(None).fflush
+        kept = os.dup(1)
+    except (OSError, TypeError):  # no C library that is found so, or no standard output
+        yield
+        return
+    sys.stdout.flush()
+    flush(None)
+    with open(os.devnull, "wb") as nowhere:  # noqa: PTH123
+        os.dup2(nowhere.fileno(), 1)
+    try:
+        yield
+    finally:
+        flush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def total_damage(choices: Choices) -> float:

@@ -15,7 +15,7 @@ import json
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,42 +53,62 @@ WAYS: dict[str, Way] = {  # other numbers of bits take no fewer bytes than the n
 }
 FEW, SMALL = 2, 0.005  # ways for layers of less than this share of all bytes, from which nothing is to be had
 FLOAT = "32 bits"
+Entry = tuple[str, str]  # of the table: a layer, or several that share a weight, and one of WAYS
 
 
-def damage_table(model: nn.Module, workload: Workload, path: Path, key: Mapping[str, Any]) -> list[Option]:
+def damage_table(
+    model: nn.Module, path: Path, key: Mapping[str, Any], measured: Callable[[Sequence[Entry]], Iterable[Option]]
+) -> list[Option]:
     """An option for each layer with weights and each of WAYS, of small layers FEW, and one that leaves it as it is.
 
     Entries are written to `path` as they come, and read from it where they lie there for the same `key`.
 
     Args:
         model: in evaluation mode, dense; not changed.
-        workload: whose calibration data are run.
         path: of a JSON file.
         key: all that the table depends on, as JSON has it.
+        measured: what comes of those that do not lie there, one after the other: `damages`, here or elsewhere.
 
     Raises:
         ArtifactError: the file cannot be read or written.
         LayerError: the network returns nothing that can be compared.
     """
-    batch, others = examples_apart(model, workload, "the search")
-    # of another size, or the same: what is replayed are the outputs for the batch
-    quick = dataclasses.replace(workload, calibration=[others], example=first_examples([others], 2))
     known = {(option.layer, option.choice): option for option in stored_table(path, key)}
     layers = _layers(model)
     small = SMALL * sum(layers.values())
     entries = [(name, way) for name, size in layers.items() for way in list(WAYS)[: FEW if size < small else None]]
+    missing = [entry for entry in entries if entry not in known]
+    found = measured(missing) if missing else ()
+    for option in tqdm(found, "damage", len(missing), disable=not sys.stderr.isatty()):
+        known[option.layer, option.choice] = option
+        _write(path, key, [known[entry] for entry in entries if entry in known])
+    floats = [Option(name, FLOAT, 0.0, float(size)) for name, size in layers.items()]
+    return [*floats, *(known[entry] for entry in entries if known[entry].cost > 0)]
+
+
+def damages(model: nn.Module, workload: Workload, entries: Sequence[Entry]) -> Iterator[Option]:
+    """What each of `entries` does to the outputs of the model, one after the other.
+
+    Args:
+        model: in evaluation mode, dense; not changed.
+        workload: whose calibration data are run.
+        entries: of its table.
+
+    Raises:
+        LayerError: the network returns nothing that can be compared.
+    """
+    batch, others = examples_apart(model, workload, "the search")
+    # of another size, or the same: what is replayed are the outputs for the batch
+    quick = dataclasses.replace(workload, calibration=[others], example=first_examples([others], 2))
+    names = [name for group in _layers(model) for name in group.split(", ")]
     with tempfile.TemporaryDirectory(prefix="featherweight-") as folder:
-        names = [name for group in layers for name in group.split(", ")]
         kept_of_others, _ = _recorded(model, names, others, Path(folder) / "others")
         kept, wanted = _recorded(model, names, batch, Path(folder) / "compared")
-        for name, way in tqdm([e for e in entries if e not in known], "damage", disable=not sys.stderr.isatty()):
+        for name, way in entries:
             changed, size = _stored_otherwise(model, quick, name, WAYS[way], kept_of_others)
             with replaying(changed, kept, name.split(", ")):
                 done = damage(floating_outputs(changed, batch, "the search"), wanted)
-            known[name, way] = Option(name, way, done, float(size))
-            _write(path, key, known)
-    floats = [Option(name, FLOAT, 0.0, float(size)) for name, size in layers.items()]
-    return [*floats, *(known[entry] for entry in entries if known[entry].cost > 0)]
+            yield Option(name, way, done, float(size))
 
 
 def _recorded(
@@ -198,6 +218,6 @@ def stored_table(path: Path, key: Mapping[str, Any] | None = None) -> list[Optio
         raise ArtifactError(f"{path} holds no table of this version ({error}). Delete it, and resume.") from error
 
 
-def _write(path: Path, key: Mapping[str, Any], known: Mapping[tuple[str, str], Option]) -> None:
-    entries = [dataclasses.asdict(option) for option in known.values()]
-    write_text_atomic(path, json.dumps({"key": dict(key), "options": entries}, indent=1, allow_nan=False) + "\n")
+def _write(path: Path, key: Mapping[str, Any], options: Sequence[Option]) -> None:
+    stored = {"key": dict(key), "options": [dataclasses.asdict(option) for option in options]}
+    write_text_atomic(path, json.dumps(stored, indent=1, allow_nan=False) + "\n")

@@ -111,10 +111,7 @@ def made_elsewhere(order: Order) -> Made:
         WorkloadError, TargetError: another workload is found here, or other versions.
         MemoryError, OSError: as `make` says.
     """
-    _set_threads(order.threads)
-    workload, originals = _loaded(order.source, order.fingerprint)
-    _set_threads(order.threads)  # the workload's file may have set another number
-    _check_versions(order)
+    workload, originals = workload_of(order)
     watch = Stopwatch(Progress())
     try:
         if not order.far:
@@ -167,6 +164,22 @@ def changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------ elsewhere
+
+
+def workload_of(order: Order) -> tuple[Workload, list[tuple[Tensor, ...]]]:
+    """The workload that is meant, and its network's outputs, in a process that knows nothing of the search.
+
+    Args:
+        order: of which folders are not looked at.
+
+    Raises:
+        WorkloadError, TargetError: another workload is found here, or other versions.
+    """
+    _set_threads(order.threads)
+    loaded = _loaded(order.source, order.fingerprint)
+    _set_threads(order.threads)  # the workload's file may have set another number
+    _check_versions(order)
+    return loaded
 
 
 @lru_cache(maxsize=1)

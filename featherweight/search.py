@@ -276,7 +276,7 @@ class _Search:
             self.progress.line(f"compressing is expected to take {most}{each}")
         self.watch("")
         tables = Tables(self.workload, self.budget, self.folder, self.settings, self.progress, self.watch)
-        facts = tables.with_few_bits(facts)
+        facts = tables.with_few_bits(facts, pool)
         self._say_what_is_out_of_reach()
         while not self.late:
             facts = tables.with_fragile_layers(facts, self.trials)

@@ -97,7 +97,7 @@ class _Course:
             self.tried |= yield from self.taught(shapes, SHORT)
         left = FINALISTS
         while left and (self.best() or FINALISTS - left < FAILURES):
-            if not (shapes := _finalists(route, self.tried, self.finals, budget)[:left]):
+            if not (shapes := _Finalists(route, self.tried, self.finals, budget).next()[:left]):
                 break
             self.finals |= yield from self.taught(shapes, LONG)
             left -= len(shapes)
@@ -141,52 +141,74 @@ def _best_teaching(first: Trial, others: Sequence[Trial]) -> tuple[str, Trial]:
     return name, trial
 
 
-def _finalists(
-    route: Route, tried: Mapping[Shape, Trial], finals: Mapping[Shape, Trial], budget: Budget
-) -> list[Shape]:
-    """Two shapes at most to distil for long, of those that would cost less than the best.
+@dataclass
+class _Finalists:
+    """What is known when shapes are chosen that are distilled for long, of those that would cost less than the best.
 
-    What comes later on the route costs less, whatever was measured: neighbours differ by less than noise. First the
-    cheapest whose mean drop keeps to the budget, so that only certainty lacks, and one beyond it. Where a finalist of
-    the route did not fit that is smaller than the best, or all that are smaller lose far too much: by thirds to the
-    next of them. Else those that lack least; where that is one alone, and what lies before it.
+    What comes later on the route costs less, whatever was measured: neighbours differ by less than noise.
     """
-    known = {**tried, **finals}
-    points = {shape: point for point, shape in enumerate(route, 1)}
-    fitting = {shape: trial for shape, trial in known.items() if trial.drop_fits(budget)}
-    best = min(fitting, key=lambda shape: fitting[shape].cost(budget), default=None)
 
-    def beyond(start: Shape | None, shapes: Iterable[Shape]) -> list[Shape]:
-        return [shape for shape in shapes if start in points and points.get(shape, 0) > points[start]]
+    route: Route
+    tried: Mapping[Shape, Trial]
+    finals: Mapping[Shape, Trial]
+    budget: Budget
 
-    def thirds(start: Shape | None, failed: Iterable[Shape]) -> list[Shape]:
+    def __post_init__(self) -> None:
+        self.known = {**self.tried, **self.finals}
+        self.points = {shape: point for point, shape in enumerate(self.route, 1)}
+        fitting = [shape for shape, trial in self.known.items() if trial.drop_fits(self.budget)]
+        self.best = min(fitting, key=self._cost, default=None)
+
+    def next(self) -> list[Shape]:
+        """Two at most.
+
+        First those that may keep to the budget. Where a finalist of the route did not that is smaller than the best, or
+        all that are smaller lose far too much: by thirds to the next of them. Else those that lack least; where that is
+        one alone, and what lies before it.
+        """
+        failed = [shape for shape, trial in self.finals.items() if not trial.drop_fits(self.budget)]
+        if self._beyond(self.best, failed):
+            return self._by_thirds(self.best, failed)
+        nearest = self._nearest()
+        hopeless = [shape for shape in nearest if self.tried[shape].lost_too_much(self.budget)]
+        if any(self.tried[shape].may_fit(self.budget) for shape in nearest):
+            return self._unsure(nearest, hopeless)
+        if self.best in self.finals and len(hopeless) == len(nearest):
+            return self._by_thirds(self.best, hopeless)
+        return [*nearest, *self._by_thirds(self.best, nearest)[::-1]][:2]
+
+    def _unsure(self, nearest: Sequence[Shape], hopeless: Sequence[Shape]) -> list[Shape]:
+        """The cheapest whose mean drop keeps to the budget, so that only certainty lacks, and one beyond it."""
+        unsure = [shape for shape in nearest if self.tried[shape].may_fit(self.budget)]
+        unsure.sort(key=lambda shape: (-self.points.get(shape, 0), self._cost(shape)))
+        first, *others = dict.fromkeys([*unsure, *(shape for shape in nearest if shape not in hopeless)])
+        further = (self._beyond(first, others) or self._by_thirds(first, hopeless)) if self.best else []
+        return [first, *(further or others or self._by_thirds(self.best, [first])[::-1])[:1]]
+
+    def _nearest(self) -> list[Shape]:
+        """Those that would cost less than the best, not yet distilled for long, by what they lack."""
+        lacking = {
+            shape: self.budget.excess(trial.measurement)["max_drop"]
+            for shape, trial in self.tried.items()
+            if shape not in self.finals and trial.measurement and self._is_cheaper(shape)
+        }
+        return sorted(lacking, key=lambda shape: lacking[shape])
+
+    def _is_cheaper(self, shape: Shape) -> bool:
+        if self.best in self.points and shape in self.points:
+            return self.points[shape] > self.points[self.best]
+        return self.best is None or self.tried[shape].cost(self.budget) < self._cost(self.best)
+
+    def _cost(self, shape: Shape) -> float:
+        return self.known[shape].cost(self.budget)
+
+    def _beyond(self, start: Shape | None, shapes: Iterable[Shape]) -> list[Shape]:
+        return [shape for shape in shapes if start in self.points and self.points.get(shape, 0) > self.points[start]]
+
+    def _by_thirds(self, start: Shape | None, failed: Iterable[Shape]) -> list[Shape]:
         """Between one and the next of those that failed; what was tried there is left out."""
-        ends = [points[shape] for shape in beyond(start, failed)]
-        between = points_to_try(len(route), [(points[start], True), (min(ends), False)]) if start and ends else []
-        return [route[point - 1] for point in between if route[point - 1] not in known]
-
-    failed = [shape for shape in finals if shape not in fitting]
-    if beyond(best, failed):
-        return thirds(best, failed)
-    least = fitting[best].cost(budget) if best else math.inf
-
-    def is_cheaper(shape: Shape) -> bool:
-        if best in points and shape in points:
-            return points[shape] > points[best]
-        return tried[shape].cost(budget) < least
-
-    lacking = {
-        shape: budget.excess(trial.measurement)["max_drop"]
-        for shape, trial in tried.items()
-        if shape not in finals and trial.measurement and is_cheaper(shape)
-    }
-    nearest = sorted(lacking, key=lambda shape: lacking[shape])
-    hopeless = [shape for shape in nearest if tried[shape].lost_too_much(budget)]
-    if uncertain := [shape for shape in nearest if tried[shape].may_fit(budget)]:
-        uncertain.sort(key=lambda shape: (-points.get(shape, 0), tried[shape].cost(budget)))
-        first, *others = dict.fromkeys([*uncertain, *(shape for shape in nearest if shape not in hopeless)])
-        further = (beyond(first, others) or thirds(first, hopeless)) if best else []
-        return [first, *(further or others or thirds(best, [first])[::-1])[:1]]
-    if best in finals and len(hopeless) == len(nearest):
-        return thirds(best, hopeless)
-    return [*nearest, *thirds(best, nearest)[::-1]][:2]
+        ends = [self.points[shape] for shape in self._beyond(start, failed)]
+        if start is None or not ends:
+            return []
+        between = points_to_try(len(self.route), [(self.points[start], True), (min(ends), False)])
+        return [self.route[point - 1] for point in between if self.route[point - 1] not in self.known]

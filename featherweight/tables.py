@@ -9,24 +9,29 @@ tried. A network of which one of them cannot be made is searched without it, and
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from featherweight import passes, shape_costs
-from featherweight.allocation import predicted_frontier
+from featherweight.allocation import Option, predicted_frontier
 from featherweight.artifact import versions_of, write_text_atomic
 from featherweight.candidates import Facts, Shape, shape_of
 from featherweight.cost_table import Predicted, cost_table, write_predictions
-from featherweight.damage_table import damage_table, steps_of, suffers_most_from_factors
-from featherweight.errors import FeatherweightError, LayerError
+from featherweight.damage_table import Entry, damage_table, damages, steps_of, suffers_most_from_factors
+from featherweight.errors import FeatherweightError, LayerError, ProcessError
 from featherweight.fragile import worst_first
+from featherweight.making import Order, workload_of
+from featherweight.pools import Pool
 from featherweight.progress import Progress, Stopwatch
 from featherweight.recipe import Recipe, compress_model
 from featherweight.strategy import settled, struggling
 from featherweight.trials import COSTS, DAMAGES, FRAGILE, SHAPES, Budget, Settings, Trial, read_json
 from featherweight.workload import Workload
 
+PARTS = 2  # of the table of damages, for each worker: what a lost one measured is measured again
+Damages = Callable[[Sequence[Entry]], Iterable[Option]]
 MOST_REVERTED = 0.5  # of the layers in int8 may be left in floats after all
 
 
@@ -55,14 +60,20 @@ class Tables:
         self.progress, self.watch = progress, watch
         self.whole: Trial | None = None  # of the whole network, with the numbers that shapes are tried with
 
-    def with_few_bits(self, facts: Facts) -> Facts:
-        """With steps that store weights in few bits, from the least harmful to the smallest, where bytes count."""
+    def with_few_bits(self, facts: Facts, pool: Pool) -> Facts:
+        """With steps that store weights in few bits, from the least harmful to the smallest, where bytes count.
+
+        What they do is measured by the workers of the pool.
+        """
         if self.budget.objective != "bytes":
             return facts
         self.watch("damage")
         try:
-            model, _ = compress_model(Recipe(facts.steps(), facts.targets[0]), self.workload)
-            table = damage_table(model, self.workload, self.folder / DAMAGES, self._key())
+            recipe = Recipe(facts.steps(), facts.targets[0])
+            model, _ = compress_model(recipe, self.workload)
+            here = functools.partial(damages, model, self.workload)
+            measured = here if pool.here else functools.partial(self._shared_out, recipe, pool, here)
+            table = damage_table(model, self.folder / DAMAGES, self._key(), measured)
         except LayerError as error:
             self.progress.line(f"no damage table: {error}")
             return facts
@@ -113,6 +124,25 @@ class Tables:
         ]
         write_predictions(self.folder / COSTS, found)
 
+    def _shared_out(self, recipe: Recipe, pool: Pool, here: Damages, entries: Sequence[Entry]) -> Iterator[Option]:
+        """What entries do, by parts that workers measure, each of the workload as it loads it; else this process."""
+        order = Order(
+            recipe.to_yaml(),
+            self.folder,
+            threads=pool.threads,
+            source=self.workload.source or "",
+            fingerprint=self.settings.fingerprint,
+            versions=versions_of(recipe.target),
+        )
+        count = min(len(entries), PARTS * pool.workers)
+        parts = [entries[index::count] for index in range(count)]  # of each way there are as many in each
+        going = [pool.submit(_damages_elsewhere, order, part) for part in parts]
+        for part, future in zip(parts, going, strict=True):
+            try:
+                yield from future.result()
+            except ProcessError:  # lost again and again
+                yield from here(part)
+
     def _key(self) -> dict[str, object]:
         return {"fingerprint": self.settings.fingerprint, "versions": versions_of("eager")}
 
@@ -144,3 +174,15 @@ class Tables:
             self.watch("")
         shape_costs.store(self.folder / SHAPES, key, found)
         return found
+
+
+def _damages_elsewhere(order: Order, entries: Sequence[Entry]) -> list[Option]:
+    """`damages` in a process that knows nothing of the search.
+
+    Raises:
+        WorkloadError, TargetError: another workload is found here, or other versions.
+        LayerError: as `damages` says.
+    """
+    workload, _ = workload_of(order)
+    model, _ = compress_model(Recipe.from_yaml(order.recipe), workload)
+    return list(damages(model, workload, entries))

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import ctypes
 import itertools
+import types
 
+import numpy as np
 import pytest
+import scipy.optimize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -76,3 +80,22 @@ def test_hundreds_of_layers_take_no_time():
     uniform = {o.layer: o for o in options if o.choice == "3"}
     found = least_harmful(options, total_cost(uniform))
     assert total_cost(found) <= total_cost(uniform) and total_damage(found) < total_damage(uniform)
+
+
+def test_what_the_solver_writes_is_dropped_and_what_it_gets_wrong_not_taken(monkeypatch, capfd):
+    """It is C code that writes, past Python; and it may say that all is chosen, or nothing."""
+    options = [Option(layer, bits, 8 / int(bits), float(bits)) for layer in "ab" for bits in ("8", "4")]
+    libc = ctypes.CDLL(None)
+    for chosen in (1.0, 0.0):
+
+        def wrong(damages, chosen=chosen, **_):
+            libc.puts(b"from within")
+            return types.SimpleNamespace(x=np.full(len(damages), chosen))
+
+        monkeypatch.setattr(scipy.optimize, "milp", wrong)
+        print("before")
+        found = least_harmful(options, 12.0)
+        print("after")
+        assert {layer: option.choice for layer, option in found.items()} == {"a": "4", "b": "4"}
+    libc.fflush(None)
+    assert capfd.readouterr().out.split() == ["before", "after"] * 2

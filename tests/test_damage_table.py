@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +12,8 @@ from torch import nn
 
 from featherweight import damage, damage_table
 from featherweight.allocation import Option, least_harmful, total_cost
-from featherweight.damage_table import FLOAT, WAYS, steps_of
-from featherweight.damage_table import damage_table as table_of
+from featherweight.damage_table import FLOAT, WAYS, damages, steps_of
+from featherweight.damage_table import damage_table as table_in
 from featherweight.errors import ArtifactError
 from featherweight.recipe import Recipe, compress_model
 from featherweight.surgery import encoding_of
@@ -19,6 +21,11 @@ from featherweight.testing import networks, relative_error, run, state
 from featherweight.workload import Workload
 
 KEY = {"fingerprint": "0", "versions": {"torch": "2"}}
+
+
+def table_of(model: nn.Module, workload: Workload, path: Path, key: dict) -> list[Option]:
+    """The whole table, measured here."""
+    return table_in(model, path, key, functools.partial(damages, model, workload))
 
 
 class Uneven(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import functools
 import multiprocessing
@@ -20,6 +21,7 @@ import torch
 
 from featherweight import making, measure, pools, search, tables
 from featherweight.artifact import MANIFEST, open_artifact, versions_of, write_artifact
+from featherweight.damage_table import WAYS, stored_table
 from featherweight.errors import (
     ArtifactError,
     BudgetError,
@@ -29,10 +31,11 @@ from featherweight.errors import (
     TargetError,
     WorkloadError,
 )
-from featherweight.facts import fingerprint
+from featherweight.facts import facts_of, fingerprint
 from featherweight.pools import check_pool, open_pool
+from featherweight.progress import Progress
 from featherweight.recipe import Recipe
-from featherweight.trials import Budget, read_trials
+from featherweight.trials import Budget, Settings, read_trials
 from featherweight.workload import load
 from tests.errands import about_me, die, full, hang
 from tests.made_up import measurement
@@ -262,10 +265,6 @@ def _next_recipes(facts, budget, trials) -> list[Recipe]:
     return next((batch for batch in fresh if batch), [])
 
 
-def _no_table(*_) -> None:
-    raise LayerError("not wanted")
-
-
 def _baseline(workload, **_) -> measure.Baseline:
     outputs = measure.outputs_on_calibration(workload)
     return measure.Baseline(measurement=measurement(), scores=[0.9], test_scores=None, outputs=outputs)
@@ -283,10 +282,9 @@ def _measured(artifact, workload, baseline, *, judgement=None, **_) -> measure.M
 
 @pytest.fixture(scope="module")
 def _untimed(flag):
-    """Given recipes, no table of damages, and nothing that is timed."""
+    """Given recipes, and nothing that is timed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "next_recipes", _next_recipes)
-        patch.setattr(tables, "damage_table", _no_table)
         patch.setattr(search, "baseline", _baseline)
         patch.setattr(search, "measure", _measured)
         yield
@@ -314,6 +312,7 @@ def _outcome(result: search.Result) -> dict:
     return {
         "order": list(told),
         "trials": told,
+        "damages": (result.folder / "damages.json").read_text(),
         "files": best,
         "best": result.best and result.best.digest,
         "verdict": result.verdict,
@@ -334,6 +333,7 @@ def test_serial_tries_all(serial):
     assert told["order"] == [recipe.digest for batch in BATCHES for recipe in batch]
     assert [bool(error) for _, error, _ in told["trials"].values()] == [False, False, False, True]
     assert serial.verdict == "accepted" and search.POOL not in serial.seconds
+    assert len(stored_table(serial.folder / "damages.json")) > len(WAYS)
 
 
 def test_processes_try_the_same_though_one_is_killed(tmp_path, serial, flag, two_cores):
@@ -345,6 +345,28 @@ def test_processes_try_the_same_though_one_is_killed(tmp_path, serial, flag, two
 def test_ray_tries_the_same_though_a_worker_is_killed(cluster, tmp_path, serial, flag):
     """Its workers see no file of the search: artifacts travel."""
     _same_after_a_kill(tmp_path, serial, flag, "ray")
+
+
+def test_what_lost_workers_were_to_measure_is_measured_here(flag, serial, tmp_path, monkeypatch):
+    """And those who know better, such as that the workload is another one, are heard."""
+
+    class Lost(pools.Pool):
+        error: Exception = ProcessError("lost")
+
+        def submit(self, fn, /, *args, **kwargs):
+            done = concurrent.futures.Future()
+            done.set_exception(self.error)
+            return done
+
+    workload, settings = load(str(MORTAL)), Settings(0, 1, 1, _fingerprint())
+    made = tables.Tables(workload, Budget(0.05, objective="bytes"), tmp_path, settings, Progress(), lambda _: None)
+    facts = facts_of(workload, (TARGET,))
+    assert made.with_few_bits(facts, Lost(workers=2)).stored
+    assert (tmp_path / "damages.json").read_text() == (serial.folder / "damages.json").read_text()
+    (tmp_path / "damages.json").unlink()
+    Lost.error = WorkloadError("another one")
+    with pytest.raises(WorkloadError, match="another one"):
+        made.with_few_bits(facts, Lost(workers=2))
 
 
 # ------------------------------------------------------------------------------------------------ what is refused
