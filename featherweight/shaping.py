@@ -36,6 +36,7 @@ COMPARED = (
 )
 ROUNDS = 2  # of two shapes each: of channels alone the share is found to LARGEST_SHARE / 3**2
 FINALISTS = 4  # at most, the shapes that are distilled for long, two at a time
+OF_POSITIONS = 2  # the same while positions go: a second pair saved a hundredth more, and weights go afterwards
 FAILURES = 2  # of finalists in a row after which nothing that fits is expected
 
 
@@ -47,9 +48,9 @@ def shapes(facts: Facts, budget: Budget, target: str, numbers: Numbers) -> Plan:
     course = _Course(facts, budget, target, numbers)
     base = Shape(0.0)
     if ways := routes_of_positions(facts):
-        yield from course.followed(ways, base)
+        yield from course.followed(ways, base, OF_POSITIONS)
         base = course.best() or base
-    yield from course.followed(routes(facts, base), base)
+    yield from course.followed(routes(facts, base), base, FINALISTS)
 
 
 @dataclass
@@ -75,7 +76,7 @@ class _Course:
         fitting = [(t.cost(self.budget), n) for n, (_, t) in enumerate(trials) if t.drop_fits(self.budget)]
         return trials[min(fitting)[1]][0] if fitting else None
 
-    def followed(self, ways: Sequence[Route], base: Shape) -> Plan:
+    def followed(self, ways: Sequence[Route], base: Shape, finalists: int) -> Plan:
         """The smallest shape along the most promising of `ways`, each taught for a short time; then the finalists."""
         facts, budget = self.facts, self.budget
         first = yield from self.taught(_to_begin_with(facts, ways, COMPARED * facts.pace(base)), SHORT)
@@ -95,8 +96,8 @@ class _Course:
             known = [(point, self.tried[s].drop_fits(budget)) for point, s in enumerate(route, 1) if s in self.tried]
             shapes = [route[point - 1] for point in points_to_try(len(route), known)]
             self.tried |= yield from self.taught(shapes, SHORT)
-        left = FINALISTS
-        while left and (self.best() or FINALISTS - left < FAILURES):
+        left = finalists
+        while left and (self.best() or finalists - left < FAILURES):
             if not (shapes := _Finalists(route, self.tried, self.finals, budget).next()[:left]):
                 break
             self.finals |= yield from self.taught(shapes, LONG)

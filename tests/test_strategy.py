@@ -481,6 +481,21 @@ def test_sequences_get_shorter_where_that_loses_least_and_networks_with_all_thei
     assert not [t for t in stored if "truncate_inputs" in in_words(t.recipe)]
 
 
+@pytest.mark.parametrize(("most", "taught"), [(shaping.OF_POSITIONS, 2), (shaping.FINALISTS, 4)])
+def test_of_positions_one_pair_is_taught_for_long_before_weights_go(most, taught, monkeypatch):
+    """The budget bears a cut of 0.4 untaught, of 0.45 taught, and of 0.5 never, so that there are more in between."""
+    monkeypatch.setattr(shaping, "OF_POSITIONS", most)
+
+    def world(recipe: Recipe) -> Trial:
+        bears = 0.45 if "distill" in in_words(recipe) else 0.4
+        return by_shape(lambda shape: not shape.thinner and shape.cut <= bears)(recipe)
+
+    trials = played(dataclasses.replace(BLOCKS, truncates=True), Budget(0.01), world)
+    found = [shape for shape in shapes(trials) if not shape.thinner]
+    assert found[:2] == [Shape(0.0, cut=0.5), Shape(0.0, cut=0.4167)] and len(found) == taught
+    assert any(shape.thinner for shape in shapes(trials))
+
+
 @pytest.mark.parametrize("unsure", [0.0, 0.012])
 def test_routes_that_may_fit_are_compared_again_where_half_is_gone(unsure):
     """All lose nothing at first, or not for certain; where more is gone, positions that are cut lose least."""
