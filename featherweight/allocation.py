@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -109,7 +108,6 @@ def _unheard() -> Iterator[None]:
     except (OSError, TypeError):  # no C library that is found so, or no standard output
         yield
         return
-    sys.stdout.flush()
     flush(None)
     with open(os.devnull, "wb") as nowhere:  # noqa: PTH123
         os.dup2(nowhere.fileno(), 1)

@@ -166,6 +166,20 @@ def changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
 # ------------------------------------------------------------------------------------------------ elsewhere
 
 
+def for_others(order: Order, workload: Workload, of_workload: str, threads: int) -> Order:
+    """The same for a process that knows nothing of the search.
+
+    Args:
+        order: what is to be made.
+        workload: of the search; the process loads it from its file.
+        of_workload: its fingerprint.
+        threads: that compute there.
+    """
+    versions = versions_of(Recipe.from_yaml(order.recipe).target)
+    source = workload.source or ""
+    return replace(order, threads=threads, source=source, fingerprint=of_workload, versions=versions)
+
+
 def workload_of(order: Order) -> tuple[Workload, list[tuple[Tensor, ...]]]:
     """The workload that is meant, and its network's outputs, in a process that knows nothing of the search.
 

@@ -41,7 +41,7 @@ from featherweight.errors import (
 )
 from featherweight.facts import facts_of, fingerprint
 from featherweight.feasibility import out_of_reach, predicted_ram
-from featherweight.making import Made, Order, built, changes, known_artifact, made_elsewhere, make, reason
+from featherweight.making import Made, Order, built, changes, for_others, known_artifact, made_elsewhere, make, reason
 from featherweight.measure import Baseline, Judgement, Measurement, baseline, measure, physical_cores, soonest
 from featherweight.pools import Pool, check_pool, open_pool
 from featherweight.processes import processes
@@ -370,11 +370,7 @@ class _Search:
         """The same for a process that knows nothing of the search and, in a cluster, sees no file of it."""
         there = self._there(recipe) if pool.far else None
         return dataclasses.replace(
-            self._order(recipe),
-            threads=pool.threads,
-            source=self.workload.source or "",
-            fingerprint=self.settings.fingerprint,
-            versions=versions_of(recipe.target),
+            for_others(self._order(recipe), self.workload, self.settings.fingerprint, pool.threads),
             far=self.name if pool.far else "",
             files={path.name: path.read_bytes() for path in there.folder.iterdir()} if there else {},
         )

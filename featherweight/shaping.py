@@ -36,7 +36,7 @@ COMPARED = (
 )
 ROUNDS = 2  # of two shapes each: of channels alone the share is found to LARGEST_SHARE / 3**2
 FINALISTS = 4  # at most, the shapes that are distilled for long, two at a time
-OF_POSITIONS = 2  # the same while positions go: a second pair saved a hundredth more, and weights go afterwards
+OF_POSITIONS = 2  # the same while positions go: of text a second pair saved a hundredth more; weights go afterwards
 FAILURES = 2  # of finalists in a row after which nothing that fits is expected
 
 

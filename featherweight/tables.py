@@ -22,7 +22,7 @@ from featherweight.cost_table import Predicted, cost_table, write_predictions
 from featherweight.damage_table import Entry, damage_table, damages, steps_of, suffers_most_from_factors
 from featherweight.errors import FeatherweightError, LayerError, ProcessError
 from featherweight.fragile import worst_first
-from featherweight.making import Order, workload_of
+from featherweight.making import Order, for_others, workload_of
 from featherweight.pools import Pool
 from featherweight.progress import Progress, Stopwatch
 from featherweight.recipe import Recipe, compress_model
@@ -126,16 +126,11 @@ class Tables:
 
     def _shared_out(self, recipe: Recipe, pool: Pool, here: Damages, entries: Sequence[Entry]) -> Iterator[Option]:
         """What entries do, by parts that workers measure, each of the workload as it loads it; else this process."""
-        order = Order(
-            recipe.to_yaml(),
-            self.folder,
-            threads=pool.threads,
-            source=self.workload.source or "",
-            fingerprint=self.settings.fingerprint,
-            versions=versions_of(recipe.target),
-        )
+        fingerprint = self.settings.fingerprint
+        order = for_others(Order(recipe.to_yaml(), self.folder), self.workload, fingerprint, pool.threads)
         count = min(len(entries), PARTS * pool.workers)
-        parts = [entries[index::count] for index in range(count)]  # of each way there are as many in each
+        by_way = sorted(entries, key=lambda entry: entry[1])  # some take far longer: each part gets as many of them
+        parts = [by_way[index::count] for index in range(count)]
         going = [pool.submit(_damages_elsewhere, order, part) for part in parts]
         for part, future in zip(parts, going, strict=True):
             try:
