@@ -157,6 +157,11 @@ class Shape:
         """Whether weights are gone, so that the others have to make up for them."""
         return self.share > 0 or self.dropped > 0
 
+    @property
+    def teachings(self) -> tuple[str, ...]:
+        """Ways to teach what is left; of shorter sequences layers have no features that could be compared."""
+        return tuple(kind for kind in TEACHINGS if not (self.cut and kind == "distill_features"))
+
 
 Route = Sequence[Shape]  # from little less than the whole network to little, each smaller than the one before
 

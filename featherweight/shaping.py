@@ -36,7 +36,7 @@ COMPARED = (
 )
 ROUNDS = 2  # of two shapes each: of channels alone the share is found to LARGEST_SHARE / 3**2
 FINALISTS = 4  # at most, the shapes that are distilled for long, two at a time
-OF_POSITIONS = 2  # the same while positions go: of text a second pair saved a hundredth more; weights go afterwards
+NOTABLE = 0.95  # times the predicted cost of the best: a second pair has to get below it while positions go
 FAILURES = 2  # of finalists in a row after which nothing that fits is expected
 
 
@@ -48,9 +48,9 @@ def shapes(facts: Facts, budget: Budget, target: str, numbers: Numbers) -> Plan:
     course = _Course(facts, budget, target, numbers)
     base = Shape(0.0)
     if ways := routes_of_positions(facts):
-        yield from course.followed(ways, base, OF_POSITIONS)
+        yield from course.followed(ways, base, NOTABLE)
         base = course.best() or base
-    yield from course.followed(routes(facts, base), base, FINALISTS)
+    yield from course.followed(routes(facts, base), base)
 
 
 @dataclass
@@ -76,8 +76,11 @@ class _Course:
         fitting = [(t.cost(self.budget), n) for n, (_, t) in enumerate(trials) if t.drop_fits(self.budget)]
         return trials[min(fitting)[1]][0] if fitting else None
 
-    def followed(self, ways: Sequence[Route], base: Shape, finalists: int) -> Plan:
-        """The smallest shape along the most promising of `ways`, each taught for a short time; then the finalists."""
+    def followed(self, ways: Sequence[Route], base: Shape, notable: float = math.inf) -> Plan:
+        """The smallest shape along the most promising of `ways`, each taught for a short time; then the finalists.
+
+        From the second pair on those whose predicted cost is less than `notable` times that of the best.
+        """
         facts, budget = self.facts, self.budget
         first = yield from self.taught(_to_begin_with(facts, ways, COMPARED * facts.pace(base)), SHORT)
         self.tried |= first
@@ -96,21 +99,25 @@ class _Course:
             known = [(point, self.tried[s].drop_fits(budget)) for point, s in enumerate(route, 1) if s in self.tried]
             shapes = [route[point - 1] for point in points_to_try(len(route), known)]
             self.tried |= yield from self.taught(shapes, SHORT)
-        left = finalists
-        while left and (self.best() or finalists - left < FAILURES):
-            if not (shapes := _Finalists(route, self.tried, self.finals, budget).next()[:left]):
+        taught = 0
+        while taught < FINALISTS and (self.best() or taught < FAILURES):
+            shapes = _Finalists(route, self.tried, self.finals, budget).next()[: FINALISTS - taught]
+            if taught and (best := self.best()):
+                shapes = [shape for shape in shapes if facts.pace(shape) < notable * facts.pace(best)]
+            if not shapes:
                 break
             self.finals |= yield from self.taught(shapes, LONG)
-            left -= len(shapes)
+            taught += len(shapes)
 
     def _raced(self, shapes: Sequence[Shape]) -> Plan:
         """The first shape that failed is taught in the other ways, too, once weights are gone; the best way is kept."""
         raced = _first_to_fail(shapes, self.tried, self.budget)
         if raced.thinner:  # else it was not distilled yet
-            others = yield [
-                self.facts.candidate(self.target, self.numbers, raced, SHORT, kind) for kind in TEACHINGS[1:]
-            ]
-            self.teaching, self.tried[raced] = _best_teaching(self.tried[raced], others)
+            _, *others = raced.teachings
+            trials = yield [self.facts.candidate(self.target, self.numbers, raced, SHORT, kind) for kind in others]
+            by_teaching = dict(zip(raced.teachings, (self.tried[raced], *trials), strict=True))
+            self.teaching = min(by_teaching, key=lambda kind: _drop(by_teaching[kind]))
+            self.tried[raced] = by_teaching[self.teaching]
 
 
 def _to_begin_with(facts: Facts, ways: Sequence[Route], pace: float) -> list[Shape]:
@@ -127,19 +134,6 @@ def _first_to_fail(shapes: Sequence[Shape], tried: Mapping[Shape, Trial], budget
 
 def _drop(trial: Trial) -> float:
     return trial.measurement.drop if trial.measurement else math.inf
-
-
-def _best_teaching(first: Trial, others: Sequence[Trial]) -> tuple[str, Trial]:
-    """The distillation that left the smallest drop on one and the same shape, and its trial; the first where even."""
-    found = [
-        (trial.measurement.drop, name, trial)
-        for name, trial in zip(TEACHINGS, (first, *others), strict=True)
-        if trial.measurement
-    ]
-    if not found:
-        return TEACHINGS[0], first
-    _, name, trial = min(found, key=lambda item: item[0])
-    return name, trial
 
 
 @dataclass

@@ -31,7 +31,7 @@ from featherweight.candidates import (
     teaches,
 )
 from featherweight.recipe import Recipe
-from featherweight.shaping import FINALISTS, OF_POSITIONS, ROUNDS, shapes
+from featherweight.shaping import FINALISTS, ROUNDS, shapes
 from featherweight.storing import few_bits
 from featherweight.trials import Budget, Trial
 
@@ -148,7 +148,7 @@ def expected(facts: Facts, done: int) -> int:
         for ways in (len(routes_of_positions(facts)), len(routes(facts)))
         if ways
     )
-    finalists = FINALISTS + (OF_POSITIONS if routes_of_positions(facts) else 0)
+    finalists = 2 * FINALISTS if routes_of_positions(facts) else FINALISTS
     return max(done + 1, 2 * len(facts.targets) + shapes + len(TEACHINGS) - 1 + finalists)
 
 

@@ -51,7 +51,7 @@ SMALL = Budget(0.05, objective="bytes")
 
 QUICK = [
     ("featherweight.shaping", "ROUNDS", 1),
-    ("featherweight.shaping", "TEACHINGS", ("distill_soft",)),
+    ("featherweight.candidates", "TEACHINGS", ("distill_soft",)),
     ("featherweight.storing", "STORED_ROUNDS", 1),
     ("featherweight.storing", "TAUGHT_ROUNDS", 1),
     ("featherweight.storing", "LONGER_TRIALS", 0),

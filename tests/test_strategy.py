@@ -481,10 +481,10 @@ def test_sequences_get_shorter_where_that_loses_least_and_networks_with_all_thei
     assert not [t for t in stored if "truncate_inputs" in in_words(t.recipe)]
 
 
-@pytest.mark.parametrize(("most", "taught"), [(shaping.OF_POSITIONS, 2), (shaping.FINALISTS, 4)])
-def test_of_positions_one_pair_is_taught_for_long_before_weights_go(most, taught, monkeypatch):
-    """The budget bears a cut of 0.4 untaught, of 0.45 taught, and of 0.5 never, so that there are more in between."""
-    monkeypatch.setattr(shaping, "OF_POSITIONS", most)
+@pytest.mark.parametrize(("notable", "taught"), [(1.0, 4), (shaping.NOTABLE, 3), (0.9, 2)])
+def test_of_positions_a_second_pair_is_taught_for_long_where_it_would_save_something(notable, taught, monkeypatch):
+    """The budget bears a cut of 0.4 untaught, of 0.45 taught, and of 0.5 never; 0.4444 and 0.4722 lie in between."""
+    monkeypatch.setattr(shaping, "NOTABLE", notable)
 
     def world(recipe: Recipe) -> Trial:
         bears = 0.45 if "distill" in in_words(recipe) else 0.4
@@ -492,7 +492,8 @@ def test_of_positions_one_pair_is_taught_for_long_before_weights_go(most, taught
 
     trials = played(dataclasses.replace(BLOCKS, truncates=True), Budget(0.01), world)
     found = [shape for shape in shapes(trials) if not shape.thinner]
-    assert found[:2] == [Shape(0.0, cut=0.5), Shape(0.0, cut=0.4167)] and len(found) == taught
+    cuts = {4: [0.4444, 0.4722], 3: [0.4722], 2: []}[taught]
+    assert found == [Shape(0.0, cut=cut) for cut in (0.5, 0.4167, *cuts)]
     assert any(shape.thinner for shape in shapes(trials))
 
 
@@ -612,6 +613,17 @@ def test_the_distillation_that_recovers_most_is_chosen_on_the_first_share_that_f
     everywhere = played(FACTS, Budget(0.01), World(breaks_at=1.0))
     raced = [t.recipe.steps[0].settings()["share"] for t in everywhere if hard in in_words(t.recipe)]
     assert raced == [0.5333]  # where none fails, the smallest network
+
+
+@pytest.mark.parametrize("cut", [0.4, -1.0])
+def test_features_are_not_compared_where_sequences_were_cut(cut):
+    """There are none in the original that they could be compared with."""
+    world = by_shape(lambda shape: shape.cut <= cut and shape.share < 0.3)
+    trials = played(dataclasses.replace(BLOCKS, truncates=True), Budget(0.01), world)
+    thinner = [t.recipe for t in trials if (shape := candidates.shape_of(BLOCKS, t.recipe)) and shape.thinner]
+    kinds = {step.name() for recipe in thinner for step in recipe.steps if candidates.teaches(step)}
+    soft, hard, features = candidates.TEACHINGS
+    assert kinds == ({soft, hard} if cut > 0 else {soft, hard, features})
 
 
 def test_a_network_that_cannot_be_pruned_costs_two_trials():
