@@ -48,8 +48,7 @@ def shapes(facts: Facts, budget: Budget, target: str, numbers: Numbers) -> Plan:
     course = _Course(facts, budget, target, numbers)
     base = Shape(0.0)
     if ways := routes_of_positions(facts):
-        yield from course.followed(ways, base, NOTABLE)
-        base = course.best() or base
+        base = (yield from course.followed(ways, base, NOTABLE)) or base
     yield from course.followed(routes(facts, base), base)
 
 
@@ -70,22 +69,19 @@ class _Course:
         batch = [self.facts.candidate(self.target, self.numbers, shape, length, self.teaching) for shape in shapes]
         return dict(zip(shapes, (yield batch), strict=True))
 
-    def best(self) -> Shape | None:
-        """The shape that fits and costs least."""
-        trials = [*self.tried.items(), *self.finals.items()]
-        fitting = [(t.cost(self.budget), n) for n, (_, t) in enumerate(trials) if t.drop_fits(self.budget)]
-        return trials[min(fitting)[1]][0] if fitting else None
-
-    def followed(self, ways: Sequence[Route], base: Shape, notable: float = math.inf) -> Plan:
+    def followed(
+        self, ways: Sequence[Route], base: Shape, notable: float = math.inf
+    ) -> Generator[Round, list[Trial], Shape | None]:
         """The smallest shape along the most promising of `ways`, each taught for a short time; then the finalists.
 
-        From the second pair on those whose predicted cost is less than `notable` times that of the best.
+        From the second pair on those whose predicted cost is less than `notable` times that of the best so far.
+        Returns the best; None where none fits.
         """
         facts, budget = self.facts, self.budget
         first = yield from self.taught(_to_begin_with(facts, ways, COMPARED * facts.pace(base)), SHORT)
         self.tried |= first
         if all(trial.measurement is None for trial in first.values()):
-            return  # what cannot be made smaller by any of them cannot at all
+            return None  # what cannot be made smaller by any of them cannot at all
         fitting = [way for way in ways if any(shape in first and first[shape].may_fit(budget) for shape in way)]
         compared = first
         if len(fitting) > 1:  # which of them leads further, shapes from which more is gone tell better
@@ -99,15 +95,19 @@ class _Course:
             known = [(point, self.tried[s].drop_fits(budget)) for point, s in enumerate(route, 1) if s in self.tried]
             shapes = [route[point - 1] for point in points_to_try(len(route), known)]
             self.tried |= yield from self.taught(shapes, SHORT)
-        taught = 0
-        while taught < FINALISTS and (self.best() or taught < FAILURES):
-            shapes = _Finalists(route, self.tried, self.finals, budget).next()[: FINALISTS - taught]
-            if taught and (best := self.best()):
+        count, finalists = 0, self._finalists(route)
+        while count < FINALISTS and (finalists.best or count < FAILURES):
+            shapes = finalists.next()[: FINALISTS - count]
+            if count and (best := finalists.best):
                 shapes = [shape for shape in shapes if facts.pace(shape) < notable * facts.pace(best)]
             if not shapes:
                 break
             self.finals |= yield from self.taught(shapes, LONG)
-            taught += len(shapes)
+            count, finalists = count + len(shapes), self._finalists(route)
+        return finalists.best
+
+    def _finalists(self, route: Route) -> _Finalists:
+        return _Finalists(route, self.tried, self.finals, self.budget)
 
     def _raced(self, shapes: Sequence[Shape]) -> Plan:
         """The first shape that failed is taught in the other ways, too, once weights are gone; the best way is kept."""
@@ -152,7 +152,8 @@ class _Finalists:
         self.known = {**self.tried, **self.finals}
         self.points = {shape: point for point, shape in enumerate(self.route, 1)}
         fitting = [shape for shape, trial in self.known.items() if trial.drop_fits(self.budget)]
-        self.best = min(fitting, key=self._cost, default=None)
+        furthest = max((self.points.get(shape, 0) for shape in fitting), default=0)
+        self.best = min((s for s in fitting if self.points.get(s, furthest) == furthest), key=self._cost, default=None)
 
     def next(self) -> list[Shape]:
         """Two at most.
