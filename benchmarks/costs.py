@@ -27,7 +27,8 @@ from featherweight import passes, targets
 from featherweight.artifact import build, versions_of
 from featherweight.cost_table import CostTable, Estimate, corrected_ms, corrections, cost_table, relative_error
 from featherweight.errors import ExportError, LayerError
-from featherweight.measure import machine, physical_cores, timing_inputs
+from featherweight.machine import machine, physical_cores
+from featherweight.measure import timing_inputs
 from featherweight.passes import Pass
 from featherweight.progress import Progress
 from featherweight.recipe import Recipe, compress_model

@@ -683,7 +683,12 @@ def _in_order(args: tuple[Tensor, ...], named: Mapping[str, Tensor], specs: list
     return given
 
 
-def _vector_problems(artifact: Artifact, run: Runner) -> list[str]:
+def stored_vectors(artifact: Artifact) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The inputs that an artifact ships with, and the outputs that they must give, of which the first values are kept.
+
+    Raises:
+        ArtifactError: they cannot be read, or the inputs are not what the network reads.
+    """
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
@@ -693,10 +698,15 @@ def _vector_problems(artifact: Artifact, run: Runner) -> list[str]:
         inputs = [vectors[f"input{index}"] for index in range(len(specs))]
         wanted = [vectors[f"output{index}"] for index in range(len(artifact.manifest["outputs"]))]
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
-        return [f"{VECTORS} cannot be read: {type(error).__name__} {str(error)[:200]}. {AGAIN}"]
+        raise ArtifactError(f"{VECTORS} cannot be read: {type(error).__name__} {str(error)[:200]}. {AGAIN}") from error
     for value, spec in zip(inputs, specs, strict=True):
         if str(value.dtype) != spec["dtype"] or list(value.shape[1:]) != spec["shape"][1:]:
-            return [f"{VECTORS} holds inputs of other shapes than {MANIFEST} says. {AGAIN}"]
+            raise ArtifactError(f"{VECTORS} holds inputs of other shapes than {MANIFEST} says. {AGAIN}")
+    return inputs, wanted
+
+
+def _vector_problems(artifact: Artifact, run: Runner) -> list[str]:
+    inputs, wanted = stored_vectors(artifact)  # verify lists what this raises
     try:
         found = run(inputs)
     except Exception as error:

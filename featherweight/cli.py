@@ -15,13 +15,14 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from featherweight.errors import ArtifactError, FeatherweightError, RecipeError
+from featherweight.errors import ArtifactError, FeatherweightError, RecipeError, SettingError
 
 if TYPE_CHECKING:
+    from featherweight.artifact import Artifact
     from featherweight.progress import Progress
     from featherweight.targets import Target
 
@@ -67,8 +68,14 @@ def _silence() -> None:
         os.environ.setdefault(name, value)
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", module=rf"({'|'.join(NOISY)})(\.|$)")
+        warnings.filterwarnings("ignore", category=FutureWarning)  # libraries to each other
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.formatwarning = _warning  # without the line of source that it came from
+
+
+def _warning(message: Warning | str, *_: Any, **__: Any) -> str:
+    return f"featherweight: warning: {' '.join(str(message).split())}\n"
 
 
 # ------------------------------------------------------------------------------------------------ arguments
@@ -133,6 +140,35 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("--batch", type=_whole, default=1, metavar="N", help="of the inputs that are timed (1)")
     add.add_argument("--anew", action="store_true", help="measure again what was measured, on a busy machine say")
 
+    add = commands.add_parser("predict", help="what an artifact makes of many inputs; killed, the same command goes on")
+    add.set_defaults(command=predict)
+    add.add_argument("folder", type=Path, metavar="DIR", help="an artifact, or what compress wrote")
+    add.add_argument(
+        "source", type=Path, metavar="INPUT", help=".npz, .npy, .parquet, or a folder of Parquet or images"
+    )
+    add.add_argument(
+        "--out", required=True, type=Path, metavar="FILE", help="new: .npz, .parquet, or .npy for one output"
+    )
+    add.add_argument("--prepare", metavar="FILE.py:NAME", help="a function that makes a row of an image")
+    add.add_argument("--engine", default="local", metavar="local|ray[:ADDRESS]", help="replicas here or on Ray (local)")
+    add.add_argument(
+        "--replicas", type=_whole_or_auto, default="auto", metavar="N|auto", help="processes side by side (auto)"
+    )
+    add.add_argument("--threads", type=_whole, metavar="N", help="of each replica (the cores, shared out)")
+    add.add_argument("--batch", type=_whole, metavar="N", help="examples at once (what is measured as best)")
+    add.add_argument("--objective", default="throughput", metavar="throughput|latency", help="what auto looks for")
+    add.add_argument("--device", default="cpu", metavar="cpu|cuda|tpu", help="what it runs on (cpu)")
+    add.add_argument(
+        "--split",
+        metavar="data|layers|tensors|networks",
+        help="what the processes share that torchrun started, instead of replicas",
+    )
+    add.add_argument(
+        "--with", action="append", default=[], type=Path, dest="others", metavar="DIR", help="another network beside it"
+    )
+    add.add_argument("--combine", default="mean", metavar="mean|vote", help="what several networks return (mean)")
+    add.add_argument("--weights", type=_weights, metavar="W,W,…", help="of the networks, in their order (alike)")
+
     add = commands.add_parser("verify", help="check an artifact's digests and its test vectors; exit 0 or 1")
     add.set_defaults(command=verify)
     add.add_argument("folder", type=Path, metavar="DIR", help="an artifact, or what compress wrote")
@@ -173,6 +209,14 @@ def _whole(text: str) -> int:
     if not re.fullmatch(r"\d{1,18}", text) or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number above zero")
     return int(text)
+
+
+def _whole_or_auto(text: str) -> int | str:
+    return text if text == "auto" else _whole(text)
+
+
+def _weights(text: str) -> list[float]:
+    return [_positive(part) for part in text.split(",")]
 
 
 def _seed(text: str) -> int:
@@ -290,7 +334,8 @@ def measure(chosen: argparse.Namespace) -> int:
     """`featherweight measure`."""
     from featherweight import report, workload
     from featherweight.artifact import open_artifact
-    from featherweight.measure import baseline, best_runtime, physical_cores
+    from featherweight.machine import physical_cores
+    from featherweight.measure import baseline, best_runtime
     from featherweight.measure import measure as measure_
     from featherweight.timing import keeping_originals
 
@@ -319,7 +364,7 @@ def measure(chosen: argparse.Namespace) -> int:
 def bench_machine(chosen: argparse.Namespace) -> int:
     """`featherweight bench-machine`: what is measured is kept at once, so Ctrl-C loses a few dozen entries at most."""
     from featherweight import cost_table, workload
-    from featherweight.measure import physical_cores
+    from featherweight.machine import physical_cores
     from featherweight.search import check_targets
 
     names, threads = check_targets([name.strip() for name in chosen.target.split(",")]), chosen.threads
@@ -350,6 +395,65 @@ def _tell_costs(spec: str, table: Any, seconds: float) -> None:
     for reason, count in Counter(table.left.values()).items():
         print(f"left out, {count} entries: {reason}")
     print()
+
+
+def predict(chosen: argparse.Namespace) -> int:
+    """`featherweight predict`."""
+    from featherweight.artifact import open_artifact
+
+    artifacts = [open_artifact(_artifact_folder(folder)) for folder in (chosen.folder, *chosen.others)]
+    progress = _progress("predict", "rows")
+    settings = {name: getattr(chosen, name) for name in ("threads", "batch", "device")}
+    settings |= {"prepare": _prepare(chosen), "say": progress.line, "told": progress.count}
+    start = time.monotonic()
+    wrote = True
+    if chosen.split:
+        wrote = _predict_split(chosen, artifacts, settings)
+    elif chosen.engine != "local":
+        _predict_ray(chosen, artifacts, settings)
+    else:
+        _predict_here(chosen, artifacts, settings)
+    progress.close()
+    if wrote:
+        print(f"{chosen.out}: {chosen.out.stat().st_size:,} bytes, {time.monotonic() - start:.1f} s")
+    return DONE
+
+
+def _prepare(chosen: argparse.Namespace) -> Callable[..., Any] | None:
+    from featherweight.workload import function
+
+    return function(chosen.prepare, "prepare") if chosen.prepare else None
+
+
+def _predict_here(chosen: argparse.Namespace, artifacts: Sequence[Artifact], settings: dict[str, Any]) -> None:
+    from featherweight import parallel
+
+    settings |= {"replicas": chosen.replicas, "objective": chosen.objective}
+    if len(artifacts) == 1:
+        parallel.predict_file(artifacts[0], chosen.source, chosen.out, **settings)
+    else:
+        weights = chosen.weights or [1.0] * len(artifacts)
+        parallel.predict_together(artifacts, chosen.source, chosen.out, chosen.combine, weights, **settings)
+
+
+def _predict_ray(chosen: argparse.Namespace, artifacts: Sequence[Artifact], settings: dict[str, Any]) -> None:
+    from featherweight.cluster import predict_ray
+
+    engine, _, address = chosen.engine.partition(":")
+    if engine != "ray":
+        raise SettingError(f"There is no engine {chosen.engine!r}. There are: local, ray and ray:ADDRESS.")
+    if len(artifacts) > 1:
+        raise SettingError("Several networks are combined by the engine local, or by --split networks, not by Ray.")
+    settings["replicas"] = None if chosen.replicas == "auto" else chosen.replicas
+    predict_ray(artifacts[0], chosen.source, chosen.out, address=address, **settings)
+
+
+def _predict_split(chosen: argparse.Namespace, artifacts: Sequence[Artifact], settings: dict[str, Any]) -> bool:
+    """In each process of a job. Whether this is the one that writes and speaks."""
+    from featherweight.distributed import predict_split
+
+    settings |= {"combine": chosen.combine, "weights": chosen.weights or ()}
+    return predict_split(artifacts, chosen.source, chosen.out, chosen.split, **settings)
 
 
 def verify(chosen: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@
     ├── ExportError       a target cannot hold the network
     ├── TargetError       a target is unknown or its runtime is not installed
     ├── ArtifactError     a folder is no artifact, or not the one that was written
+    ├── DataError         inputs cannot be read or do not fit the network, or outputs cannot be written
     ├── ProcessError      a process was killed, hung or ran out of memory: trying again may help
     └── BudgetError       what the user allows makes no sense
 
@@ -46,6 +47,10 @@ class TargetError(FeatherweightError):
 
 class ArtifactError(FeatherweightError):
     """A folder is no artifact, or not the one that was written."""
+
+
+class DataError(FeatherweightError):
+    """Inputs cannot be read or do not fit the network, or outputs cannot be written."""
 
 
 class ProcessError(FeatherweightError):

@@ -186,7 +186,9 @@ def _replace(program: fx.GraphModule, node: Any, kind: Callable[..., Int8Layer])
     name = f"{node.name}_int8"  # the layer comes first, as in all names of a profile
     program.add_submodule(name, kind(codes, w_scale, bias, x_scale, x_zero, *places))
     with program.graph.inserting_before(node):
-        node.replace_all_uses_with(program.graph.call_module(name, (x,)))
+        layer = program.graph.call_module(name, (x,))
+    layer.meta = dict(node.meta)
+    node.replace_all_uses_with(layer)
     program.graph.erase_node(node)
 
 
@@ -206,6 +208,16 @@ def _decode_once(program: fx.GraphModule, node: fx.Node) -> None:
     program.register_buffer(name, found)
     with program.graph.inserting_before(node):
         node.replace_all_uses_with(program.graph.get_attr(name))
+
+
+def constants(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that are computed from weights alone."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        read = node.all_input_nodes
+        if node.op == "get_attr" or (node.op == "call_function" and read and all(before in found for before in read)):
+            found.add(node)
+    return found
 
 
 def computed(program: fx.GraphModule, node: fx.Node, known: dict[fx.Node, Tensor | None]) -> Tensor | None:

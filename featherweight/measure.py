@@ -11,9 +11,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
-import platform
-import re
 import tempfile
 import types
 from collections.abc import Sequence
@@ -28,6 +25,7 @@ from torch import Tensor, nn
 from featherweight import targets
 from featherweight.artifact import IN_BFLOAT16, Artifact, build, count_parameters, versions_of
 from featherweight.errors import ArtifactError, ExportError, WorkloadError
+from featherweight.machine import INT8_FEATURES, machine, physical_cores
 from featherweight.recipe import Recipe
 from featherweight.timing import BUSY, Interval, Subject, Timings, interleave, latency, ratio
 from featherweight.workload import Predict, Workload, call, like, outputs, predictor, scores, tensors
@@ -42,7 +40,6 @@ FIDELITY_BATCHES = 8
 FIDELITY_VALUES = 32_000_000  # of outputs that are kept in memory
 ROUNDS, ROUND_SECONDS = 15, 0.15
 QUICK_ROUNDS, QUICK_ROUND_SECONDS = 7, 0.1
-INT8_FEATURES = ("avx512_vnni", "avx_vnni", "amx_int8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -662,52 +659,6 @@ def _int8_doubts(artifact: Artifact, kernels: dict[str, float], here: dict[str, 
     elif asked and here["features"] is not None and not set(here["features"]) & set(INT8_FEATURES):
         doubts.append("The processor has no instructions for int8 products (VNNI, AMX): others run int8 faster.")
     return doubts
-
-
-# ------------------------------------------------------------------------------------------------ the machine
-
-
-def machine() -> dict[str, Any]:
-    """The processor, its cores, the memory and the load, as far as the system tells; no names of hosts or people."""
-    about = _read(Path("/proc/cpuinfo"))
-    name = re.search(r"^model name\s*:\s*(.+)$", about, re.MULTILINE)
-    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", about, re.MULTILINE)
-    memory = re.search(r"^MemTotal:\s*(\d+) kB", _read(Path("/proc/meminfo")), re.MULTILINE)
-    wanted = ("avx2", "avx512f", "avx512_bf16", *INT8_FEATURES, "amx_bf16", "asimddp", "i8mm")
-    return {
-        "cpu": name.group(1).strip() if name else platform.processor() or "unknown",
-        "architecture": platform.machine(),
-        "system": platform.system(),
-        "cores": physical_cores(),
-        "features": [flag for flag in wanted if flag in flags.group(1).split()] if flags else None,
-        "memory_bytes": int(memory.group(1)) * 1024 if memory else None,
-        "load": round(os.getloadavg()[0], 2) if os.name == "posix" else None,
-    }
-
-
-def physical_cores() -> int:
-    """How many processor cores this process may use: not hyperthreads, and no more than a container's quota."""
-    quota = re.match(r"(\d+) (\d+)", _read(Path("/sys/fs/cgroup/cpu.max")))
-    most = len(cores())
-    return min(most, max(1, int(quota.group(1)) // int(quota.group(2)))) if quota else most
-
-
-def cores() -> list[list[int]]:
-    """The processor cores that this process may use, each with the numbers of its hyperthreads."""
-    if platform.system() != "Linux":
-        return [[number] for number in range(os.cpu_count() or 1)]
-    found: dict[str, list[int]] = {}
-    for number in sorted(os.sched_getaffinity(0)):
-        siblings = _read(Path(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list"))
-        found.setdefault(siblings or str(number), []).append(number)
-    return list(found.values())
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
 
 
 # ------------------------------------------------------------------------------------------------ JSON

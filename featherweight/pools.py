@@ -26,8 +26,10 @@ import queue
 import re
 import signal
 import socket
+import subprocess
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -39,7 +41,7 @@ from featherweight.errors import BudgetError, ProcessError, TargetError
 
 NAMES = "serial, processes:N, ray and ray:ADDRESS"
 RETRIES = 2  # of what a lost worker was at
-PATIENCE_S = 5.0  # for a cluster to answer, and for its workers to let go
+PATIENCE_S = 6.0  # for a cluster to answer, and for its workers to let go
 STORE_BYTES = 128 << 20  # that a local Ray keeps for what is passed between processes: little is
 SAME_BITS = {"MKL_DYNAMIC": "FALSE", "OMP_DYNAMIC": "FALSE"}  # as many threads as are asked for, on however few cores
 LOST = (
@@ -102,7 +104,7 @@ def open_pool(name: str) -> Pool:
 
 
 def _check_processes(name: str, count: str) -> None:
-    from featherweight.measure import physical_cores
+    from featherweight.machine import physical_cores
 
     if not re.fullmatch(r"[1-9]\d{0,5}", count):
         raise BudgetError(
@@ -167,7 +169,7 @@ class _Processes(Pool):
     """
 
     def __init__(self, count: int) -> None:
-        from featherweight.measure import cores, physical_cores
+        from featherweight.machine import cores, physical_cores
 
         super().__init__(count, _threads(physical_cores() // count))
         self._workers = [_Worker(own) for own in _shared_out(cores(), count)]
@@ -292,8 +294,7 @@ class _Ray(Pool):
 
         self._stack = contextlib.ExitStack()
         mine = not ray.is_initialized()
-        if mine:
-            self._stack.enter_context(_connected(address))
+        self._stack.enter_context(connected(address))
         try:
             cores = int(ray.cluster_resources().get("CPU", 0))
             if not cores:
@@ -359,10 +360,19 @@ def _in_our_words(error: BaseException) -> BaseException:
 
 
 @contextlib.contextmanager
-def _connected(address: str) -> Iterator[None]:
-    """Inside the block this process is connected to a cluster: the one at `address`, or one of its own."""
+def connected(address: str) -> Iterator[None]:
+    """Inside the block this process is connected to a cluster: the one at `address`, or one of its own.
+
+    Where it is connected already, it stays with that.
+
+    Raises:
+        ProcessError: it cannot be reached or started.
+    """
     import ray
 
+    if ray.is_initialized():
+        yield
+        return
     if address not in ("", "auto"):
         _knock(address)
     with contextlib.redirect_stdout(sys.stderr):  # where Ray tells of lost workers
@@ -377,7 +387,7 @@ def _connected(address: str) -> Iterator[None]:
 def _join(address: str) -> None:
     import ray
 
-    from featherweight.measure import physical_cores
+    from featherweight.machine import physical_cores
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
@@ -397,15 +407,36 @@ def _join(address: str) -> None:
 
 
 def _knock(address: str) -> None:
-    """Raises a ProcessError where nobody listens: Ray itself would wait for ever."""
+    """Raises a ProcessError where no cluster answers: Ray itself would wait long, or for ever, and not say why."""
     host, _, port = address.rpartition(":")
+    begin = time.monotonic()
     try:
         socket.create_connection((host.strip("[]"), int(port)), PATIENCE_S).close()
+        said = subprocess.run(
+            [sys.executable, "-m", "ray.scripts.scripts", "status", "--address", address],
+            capture_output=True,
+            text=True,
+            timeout=max(1.0, PATIENCE_S - (time.monotonic() - begin)),
+        )
     except OSError as error:
-        raise ProcessError(
-            f"No Ray cluster answers at {address}: {error.strerror or error}. Start one there with `ray start --head`, "
-            "and give the address that it shows; or use ray for one on this machine."
-        ) from error
+        raise _unanswered(address, error.strerror or str(error)) from error
+    except subprocess.TimeoutExpired as error:
+        raise _unanswered(address, "something listens there, but says nothing") from error
+    if said.returncode:
+        why = said.stderr.strip().rpartition("\n")[2].rpartition("RPC error: ")[2]
+        if "token" in why:
+            raise ProcessError(
+                f"The Ray cluster at {address} wants a token. Set RAY_AUTH_MODE=token, and give the cluster's in "
+                "~/.ray/auth_token or RAY_AUTH_TOKEN; its own machine shows it: `ray get-auth-token`."
+            )
+        raise _unanswered(address, why[:200])
+
+
+def _unanswered(address: str, why: str) -> ProcessError:
+    return ProcessError(
+        f"No Ray cluster answers at {address}: {why}. Start one there with `ray start --head`, and give the address "
+        "that it shows; or use ray for one on this machine."
+    )
 
 
 @contextlib.contextmanager

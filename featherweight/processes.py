@@ -4,9 +4,9 @@ Several processes are started with `torchrun` or `accelerate launch`, each of wh
 
     torchrun --nproc-per-node 2 -m featherweight apply recipe.yaml workload.py --out out
 
-Every batch is then cut into shares, one for each process, and gradients are averaged, so that all take the step that
-one process would take with the whole batch. (What a loss or a batch norm computes over a batch, it computes over the
-share, and batch norms keep the mean of what the shares gave.)
+Every batch is then cut into shares, one for each process, and gradients are averaged by their sizes, so that all take
+the step that one process would take with the whole batch, batch norms included (`batch_norms`). What a loss computes
+over a batch, other than a mean over its examples, it computes over the share.
 
 Accelerate finds devices and processes, and passes tensors between them; only one process on a CPU does without it
 (`pip install 'featherweight[train]'`). Of it, its state of the processes and two functions are enough, and the loop
@@ -48,22 +48,28 @@ class Processes:
     count: int
     device: torch.device
 
-    def share(self, batch: Batch, target: Any) -> tuple[Batch, Any]:
+    def share(self, batch: Batch, target: Any) -> Share:
         """What this process learns from a batch: all of it where there are fewer examples than processes.
 
-        Shares differ by one example at most, and count alike.
+        Shares differ by one example at most.
 
         >>> Processes(1, 2, torch.device("cpu")).share((torch.arange(5),), torch.arange(5))
-        ((tensor([3, 4]),), tensor([3, 4]))
+        Share(batch=(tensor([3, 4]),), target=tensor([3, 4]), examples=5, part=0.4)
         """
         size = tensors(batch)[0].shape[0]
+        cut = self.count <= size
 
-        def part(value: Tensor) -> Tensor:
-            cut = self.count <= size and value.dim() > 0 and value.shape[0] == size
-            return (value.tensor_split(self.count)[self.number] if cut else value).to(self.device)
+        def own(value: Tensor) -> Tensor:
+            whole = not cut or value.dim() == 0 or value.shape[0] != size
+            return (value if whole else value.tensor_split(self.count)[self.number]).to(self.device)
 
-        own = like(batch, [part(value) for value in tensors(batch)])
-        return own, part(target) if isinstance(target, Tensor) else target
+        values = like(batch, [own(value) for value in tensors(batch)])
+        part = tensors(values)[0].shape[0] / size if cut else 1 / self.count
+        return Share(values, own(target) if isinstance(target, Tensor) else target, size, part)
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Of what the processes hold; gradients pass through."""
+        return value if self.count == 1 else _Sum.apply(value)
 
     def average(self, values: Sequence[Tensor]) -> None:
         """Each of `values` becomes its mean over all processes."""
@@ -117,6 +123,37 @@ class Processes:
             from accelerate import PartialState
 
             PartialState().wait_for_everyone()
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one process learns from a batch.
+
+    Args:
+        batch: its examples.
+        target: theirs, None where there is none.
+        examples: of the whole batch, in all processes.
+        part: how much this share counts; those of all processes add up to 1.
+    """
+
+    batch: Batch
+    target: Any
+    examples: int
+    part: float
+
+
+class _Sum(torch.autograd.Function):
+    """A sum over processes: each of its terms has the gradient that the sum has, in all of them."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        from accelerate.utils import reduce
+
+        return reduce(value.detach(), "sum")
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return _Sum.apply(gradient.contiguous())
 
 
 XLA = "xla"  # the type of its devices

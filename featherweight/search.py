@@ -41,8 +41,9 @@ from featherweight.errors import (
 )
 from featherweight.facts import facts_of, fingerprint
 from featherweight.feasibility import out_of_reach, predicted_ram
+from featherweight.machine import physical_cores
 from featherweight.making import Made, Order, built, changes, for_others, known_artifact, made_elsewhere, make, reason
-from featherweight.measure import Baseline, Judgement, Measurement, baseline, measure, physical_cores, soonest
+from featherweight.measure import Baseline, Judgement, Measurement, baseline, measure, soonest
 from featherweight.pools import Pool, check_pool, open_pool
 from featherweight.processes import processes
 from featherweight.progress import Progress, Stopwatch

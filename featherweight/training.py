@@ -18,30 +18,27 @@ arXiv:1804.04235, section 8.
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from featherweight import memory
+from featherweight.batch_norms import Norms
 from featherweight.checkpoints import Checkpoint
 from featherweight.errors import LayerError, WorkloadError
-from featherweight.processes import XLA, Processes, lying_on, processes
+from featherweight.processes import XLA, Processes, Share, lying_on, processes
 from featherweight.surgery import computing_in, done, layer_of, matches, thawed
 from featherweight.workload import Batch, Workload, call, count_batches, like, tensors
 
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 WARM_UP = 0.1  # share of the steps
 SMALLEST = 1e-3  # root mean square below which a tensor's rate does not fall, so that zeros can move
-WHOLE_BATCH = 16  # examples below which batch statistics are too rough to normalise by
-AVERAGED = 10  # batches at least, and an eighth of all, whose statistics the batch norms keep
 
 
 def train(
@@ -89,7 +86,7 @@ def train(
             lying_on(together.device, [model, workload.model], besides),
             _training(model, list(parameters.values())),
             computing_in(precision, model, together.device),
-            _Norms(model, set(layers), count) as norms,
+            Norms(model, set(layers), count, together) as norms,
             memory.keeping(),
         ):
             together.agree(learnt)
@@ -121,20 +118,20 @@ class _Course:
     steps: int
     loss: Callable[[Batch, Any], Tensor]
     optimizer: torch.optim.Optimizer
-    norms: _Norms
+    norms: Norms
     together: Processes
     checkpoint: Checkpoint
 
-    def run(self, batches: Iterator[tuple[Batch, Any]]) -> list[float]:
+    def run(self, shares: Iterator[Share]) -> list[float]:
         """The loss of every step."""
         rates = [group["lr"] for group in self.optimizer.param_groups]
-        losses = self._resumed(batches)
-        bar = tqdm(batches, "distil", self.steps, False, initial=len(losses), unit="step", disable=_unwatched())
-        for batch, target in bar:
+        losses = self._resumed(shares)
+        bar = tqdm(shares, "distil", self.steps, False, initial=len(losses), unit="step", disable=_unwatched())
+        for share in bar:
             for group, full in zip(self.optimizer.param_groups, rates, strict=True):
                 group["lr"] = self.together.variable(full * rate(len(losses), self.steps))
-            self.norms.expect(len(losses), batch)
-            losses.append(self._gradients(batch, target))
+            self.norms.expect(len(losses), share)
+            losses.append(self._gradients(share))
             if not math.isfinite(losses[-1]):
                 raise WorkloadError(
                     f"{self.step}: the loss became NaN or infinite in step {len(losses)} with lr={self.lr:g}. Lower "
@@ -148,7 +145,7 @@ class _Course:
             bar.set_postfix(loss=f"{losses[-1]:.3g}", refresh=False)
         return losses
 
-    def _resumed(self, batches: Iterator[tuple[Batch, Any]]) -> list[float]:
+    def _resumed(self, shares: Iterator[Share]) -> list[float]:
         """The losses of the steps that a checkpoint knows of, whose batches are passed over.
 
         There are none where the processes that train together know of different steps.
@@ -156,15 +153,15 @@ class _Course:
         state = self.checkpoint.load()
         if not self.together.alike(0 if state is None else len(state.losses)) or state is None:
             return []
-        for number, (batch, _) in enumerate(islice(batches, len(state.losses))):
-            self.norms.expect(number, batch)
+        for number, share in enumerate(islice(shares, len(state.losses))):
+            self.norms.expect(number, share)
         self.checkpoint.restore(state)
         return list(state.losses)
 
-    def _gradients(self, batch: Batch, target: Any) -> float:
+    def _gradients(self, share: Share) -> float:
         """The loss; its gradients are with the parameters."""
         self.optimizer.zero_grad()
-        value = self.loss(batch, target)
+        value = self.loss(share.batch, share.target) * (share.part * self.together.count)
         value.backward()
         if self.together.count > 1:
             learnt = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -233,74 +230,19 @@ def _training(model: nn.Module, chosen: Sequence[nn.Parameter]) -> Iterator[None
             module.training = mode
 
 
-class _Norms:
-    """The batch norms with running statistics among `layers`, and those without parameters of their own.
-
-    They keep the mean of the statistics of the last batches, when weights hardly move any more: a moving average
-    would rest on ten batches or so. Source: Wu and Johnson 2021, arXiv:2105.07576, section 3.
-    """
-
-    def __init__(self, model: nn.Module, layers: set[str], steps: int) -> None:
-        self._momenta = {
-            module: module.momentum
-            for name, module in model.named_modules()
-            if isinstance(module, NORMS) and module.track_running_stats and (name in layers or module.weight is None)
-        }
-        self._first_kept = steps - max(AVERAGED, steps // 8)
-        self._averaging = False
-
-    def expect(self, number: int, batch: Batch) -> None:
-        """The batch of a step comes; the statistics of the last ones are kept."""
-        whole = tensors(batch)[0].shape[0] >= WHOLE_BATCH
-        begins = whole and number >= self._first_kept and not self._averaging
-        for norm in self._momenta:
-            norm.train(whole)
-            if begins:
-                norm.reset_running_stats()
-                norm.momentum = None  # torch's word for the mean of all batches since
-        self._averaging = self._averaging or begins
-
-    def statistics(self) -> list[Tensor]:
-        """All that they keep."""
-        return [buffer for norm in self._momenta for buffer in norm.buffers()]
-
-    def averages(self) -> list[Tensor]:
-        """The means and variances among it."""
-        return [buffer for buffer in self.statistics() if buffer.is_floating_point()]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Leaves the momentum as it was."""
-        for norm, momentum in self._momenta.items():
-            norm.momentum = momentum
-
-
-def as_in_training(model: nn.Module, batch: Batch, where: str) -> nn.Module:
-    """A copy of `model` that computes what it will in training, where batch norms normalise by the batch itself.
-
-    Those of a network that lost channels have statistics that are wrong, and what it returns then tells nothing.
-    """
-    copied = copy.deepcopy(model)
-    for name, module in copied.named_modules():
-        if isinstance(module, NORMS) and (module.weight is None or matches(name, where)):
-            module.train(tensors(batch)[0].shape[0] >= WHOLE_BATCH)
-    return copied
-
-
-def _laid_out(pairs: Iterator[tuple[Batch, Any]], model: nn.Module) -> Iterator[tuple[Batch, Any]]:
+def _laid_out(shares: Iterator[Share], model: nn.Module) -> Iterator[Share]:
     """Pictures with their channels last where the network has depthwise convolutions, which then run twice as fast.
 
     The layout of the first input is handed on from layer to layer. Networks whose code asks for the usual one (`view`
     does) keep it.
     """
     depthwise = any(isinstance(m, nn.Conv2d) and m.groups == m.in_channels > 1 for m in model.modules())
-    for number, (batch, target) in enumerate(pairs):
+    for number, share in enumerate(shares):
+        batch = share.batch
         turned = like(batch, [_channels_last(value) for value in tensors(batch)]) if depthwise else batch
         if number == 0 and depthwise and not _runs(model, turned):
             depthwise, turned = False, batch
-        yield turned, target
+        yield replace(share, batch=turned)
 
 
 def _channels_last(value: Tensor) -> Tensor:

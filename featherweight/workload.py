@@ -161,18 +161,9 @@ def scores(score: Score, predict: Predict, what: str = "score") -> Tensor:
 
 def load(spec: str) -> Workload:
     """The workload behind `file.py`, `file.py:name` or `pkg.mod:name` (the name defaults to `workload`)."""
-    drive = spec[:2] if len(spec) > 2 and spec[1] == ":" and spec[2] in "\\/" else ""
-    path, _, name = spec.removeprefix(drive).partition(":")
-    path, name = drive + path, name or "workload"
-    module = _module_from_file(Path(path), spec) if path.endswith(".py") else _module_by_name(path, spec)
-    if not hasattr(module, name):
-        defined = sorted(key for key, value in vars(module).items() if inspect.isfunction(value) and key[0] != "_")
-        raise WorkloadError(
-            f"{path} has no function {name}(). It defines: {', '.join(defined) or 'no functions'}. "
-            f"Add `def {name}() -> Workload`, or name another one as {path}:NAME."
-        )
+    path, name, make = _function(spec, "workload", "-> Workload")
     try:
-        found = getattr(module, name)()
+        found = make()
     except WorkloadError:
         raise
     except Exception as error:
@@ -188,6 +179,31 @@ def load(spec: str) -> Workload:
     loaded = Workload(**{**{k: getattr(found, k) for k in found.__dataclass_fields__}, "source": located})
     check(loaded)
     return loaded
+
+
+def function(spec: str, usual: str) -> Callable[..., Any]:
+    """The function behind `file.py`, `file.py:name` or `pkg.mod:name`; `usual` is its name where none is given.
+
+    Raises:
+        WorkloadError: there is none, or what defines it cannot be imported.
+    """
+    return _function(spec, usual, "")[2]
+
+
+def _function(spec: str, usual: str, returns: str) -> tuple[str, str, Callable[..., Any]]:
+    """File or module, name, and the function of that name."""
+    drive = spec[:2] if len(spec) > 2 and spec[1] == ":" and spec[2] in "\\/" else ""
+    path, _, name = spec.removeprefix(drive).partition(":")
+    path, name = drive + path, name or usual
+    module = _module_from_file(Path(path), spec) if path.endswith(".py") else _module_by_name(path, spec)
+    if not callable(found := getattr(module, name, None)):
+        defined = sorted(key for key, value in vars(module).items() if inspect.isfunction(value) and key[0] != "_")
+        add = f"Add `def {name}() {returns}`, or name" if returns else "Name"
+        raise WorkloadError(
+            f"{path} has no function {name}(). It defines: {', '.join(defined) or 'no functions'}. "
+            f"{add} another one as {path}:NAME."
+        )
+    return path, name, found
 
 
 def _module_from_file(path: Path, spec: str) -> Any:

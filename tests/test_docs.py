@@ -26,7 +26,7 @@ def test_what_is_committed_is_what_the_code_says(generate, page):
 
 def test_everything_has_its_heading(generate):
     headings = {line[3:] for page in generate.PAGES.values() for line in page().splitlines() if line[:3] == "## "}
-    commands = ("compress", "apply", "measure", "bench-machine", "verify", "report", "inspect", "list")
+    commands = ("compress", "apply", "predict", "measure", "bench-machine", "verify", "report", "inspect", "list")
     assert headings >= {*passes.names(), *targets.names(), *(f"featherweight {name}" for name in commands)}
 
 

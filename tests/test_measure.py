@@ -17,6 +17,7 @@ from featherweight import measure as measuring
 from featherweight import targets
 from featherweight.artifact import Artifact
 from featherweight.errors import ArtifactError, WorkloadError
+from featherweight.machine import machine
 from featherweight.measure import (
     Baseline,
     Measurement,
@@ -24,10 +25,8 @@ from featherweight.measure import (
     bootstrap_means,
     drop_bounds,
     file_bytes,
-    machine,
     mean_interval,
     measure,
-    physical_cores,
     timing_inputs,
 )
 from featherweight.recipe import Recipe
@@ -183,39 +182,6 @@ def test_original_bytes_are_those_of_a_real_file(tmp_path: Path) -> None:
     torch.save(model.state_dict(), tmp_path / "weights.pt")
     assert file_bytes(model) == (tmp_path / "weights.pt").stat().st_size
     assert 360_000 < file_bytes(model) < 380_000
-
-
-def test_machine_is_plain_and_names_nobody() -> None:
-    import platform
-
-    found = machine()
-    assert json.loads(json.dumps(found)) == found
-    assert platform.node() not in found["cpu"] and set(found) == {
-        "cpu",
-        "architecture",
-        "system",
-        "cores",
-        "features",
-        "memory_bytes",
-        "load",
-    }
-
-
-def test_cores_respect_affinity_hyperthreads_and_quotas(monkeypatch: pytest.MonkeyPatch) -> None:
-    files: dict[str, str] = {}
-    monkeypatch.setattr(measuring, "_read", lambda path: files.get(str(path), ""))
-    monkeypatch.setattr(measuring.platform, "system", lambda: "Linux")
-    monkeypatch.setattr(measuring.os, "sched_getaffinity", lambda pid: {0, 1, 2, 3}, raising=False)
-    assert physical_cores() == 4
-    for cpu in range(4):
-        files[f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"] = f"{cpu % 2},{cpu % 2 + 2}\n"
-    assert physical_cores() == 2
-    files["/sys/fs/cgroup/cpu.max"] = "max 100000\n"
-    assert physical_cores() == 2
-    files["/sys/fs/cgroup/cpu.max"] = "150000 100000\n"
-    assert physical_cores() == 1
-    files["/sys/fs/cgroup/cpu.max"] = "20000 100000\n"
-    assert physical_cores() == 1
 
 
 # ------------------------------------------------------------------------------------------------ measuring

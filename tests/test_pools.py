@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from featherweight import making, measure, pools, search, tables
+from featherweight import machine, making, measure, pools, search, tables
 from featherweight.artifact import MANIFEST, open_artifact, versions_of, write_artifact
 from featherweight.damage_table import WAYS, stored_table
 from featherweight.errors import (
@@ -61,8 +61,8 @@ def two_cores(monkeypatch) -> list[list[int]]:
     """Whatever machine it is: the first core and the last, which may be the same."""
     allowed = sorted(os.sched_getaffinity(0))
     found = [allowed[:1], allowed[-1:]]
-    monkeypatch.setattr(measure, "cores", lambda: found)
-    monkeypatch.setattr(measure, "physical_cores", lambda: 2)
+    monkeypatch.setattr(machine, "cores", lambda: found)
+    monkeypatch.setattr(machine, "physical_cores", lambda: 2)
     return found
 
 
@@ -112,6 +112,14 @@ def test_an_address_where_nobody_listens_is_told_at_once():
         port = server.getsockname()[1]
     with pytest.raises(ProcessError, match=f"No Ray cluster answers at 127.0.0.1:{port}.*ray start --head"):
         open_pool(f"ray:127.0.0.1:{port}")
+
+
+def test_an_address_where_somebody_else_listens_is_told_within_seconds(monkeypatch):
+    monkeypatch.setattr(pools, "PATIENCE_S", 2.0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(ProcessError, match=f"No Ray cluster answers at 127.0.0.1:{port}: something listens"):
+            open_pool(f"ray:127.0.0.1:{port}")
 
 
 # ------------------------------------------------------------------------------------------------ executors

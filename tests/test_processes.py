@@ -17,6 +17,7 @@ from featherweight import checkpoints, processes, search
 from featherweight.artifact import build, open_artifact
 from featherweight.errors import TargetError
 from featherweight.losses import soft_loss
+from featherweight.pools import connected
 from featherweight.processes import ALONE, Processes, lying_on
 from featherweight.recipe import Recipe
 from featherweight.testing import networks
@@ -26,9 +27,9 @@ from featherweight.trials import Budget
 CPU = torch.device("cpu")
 
 
-def told(seed: int) -> dict:
-    """Of a training: losses, the sizes of what was seen, and some of the weights it ended with."""
-    workload, seen = networks()["mlp"], []
+def told(seed: int, network: str = "mlp") -> dict:
+    """Of a training: losses, the sizes of what was seen, and some of the weights and buffers it ended with."""
+    workload, seen = networks()[network], []
     torch.manual_seed(seed)
     student = copy.deepcopy(workload.model)
     with torch.no_grad():
@@ -41,7 +42,8 @@ def told(seed: int) -> dict:
 
     losses, _ = train(student, workload, loss, step="p", where="*", epochs=5, steps=0, lr=0.02)
     weights = torch.cat([p.detach().flatten()[:3] for p in student.parameters()]).tolist()
-    return {"losses": losses, "seen": seen, "weights": weights}
+    buffers = torch.cat([b.float().flatten()[:3] for b in [*student.buffers(), torch.ones(0)]]).tolist()
+    return {"losses": losses, "seen": seen, "weights": weights, "buffers": buffers}
 
 
 def main(folder: Path) -> None:
@@ -52,6 +54,13 @@ def main(folder: Path) -> None:
     recipe = Recipe.from_yaml("steps: [quantize_weights: {bits: 4}, distill_soft]\ntarget: onnxruntime")
     found["bytes"] = build(recipe, networks()["mlp"], folder / "artifact").bytes
     (folder / f"{number}.json").write_text(json.dumps(found))
+
+
+def normalising(folder: Path) -> None:
+    """What one of several processes does that train a network with batch norms."""
+    torch.set_num_threads(1)
+    number = processes.processes().number
+    (folder / f"{number}.json").write_text(json.dumps(told(number, "residual")))
 
 
 def dying(folder: Path) -> None:
@@ -110,6 +119,38 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
     assert first["bytes"] == second["bytes"] == open_artifact(tmp_path / "artifact").bytes
 
 
+def test_batch_norms_of_uneven_shares_normalise_by_the_whole_batch(tmp_path):
+    pytest.importorskip("accelerate")
+    alone = told(0, "residual")
+    found = run(tmp_path, 3, "normalising")
+    assert [process["seen"][0] for process in found] == [[6, 6], [5, 5], [5, 5]]
+    _takes_the_steps_of(alone, found)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")  # of settings of its own, which nobody has touched
+def test_ray_train_takes_the_steps_of_one(tmp_path):
+    pytest.importorskip("accelerate")
+    pytest.importorskip("ray.train.torch", exc_type=ImportError)
+    import ray
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    with connected(""):
+        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+        run_config = RunConfig(storage_path=str(tmp_path / "runs"))
+        scaling = ScalingConfig(num_workers=2, resources_per_worker={"CPU": 1})
+        TorchTrainer(normalising, train_loop_config=tmp_path, scaling_config=scaling, run_config=run_config).fit()
+    _takes_the_steps_of(told(0, "residual"), [json.loads((tmp_path / f"{n}.json").read_text()) for n in range(2)])
+
+
+def _takes_the_steps_of(alone, processes):
+    assert alone["losses"][-1] < 0.5 * alone["losses"][0]
+    for found in processes:
+        assert found["losses"] == pytest.approx(alone["losses"], rel=1e-3)
+        assert found["weights"] == pytest.approx(alone["weights"], abs=1e-4)
+        assert found["buffers"] == pytest.approx(alone["buffers"], rel=1e-3, abs=1e-4)
+
+
 @pytest.mark.parametrize("lost", [False, True])
 def test_two_processes_that_were_killed_go_on_together(lost, tmp_path):
     pytest.importorskip("accelerate")
@@ -129,11 +170,13 @@ def test_two_processes_that_were_killed_go_on_together(lost, tmp_path):
 
 def test_a_batch_of_fewer_examples_than_processes_is_learnt_from_by_all():
     x, named = torch.arange(3), {"x": torch.arange(3), "mask": torch.ones(3, 2)}
-    assert torch.equal(Processes(2, 4, CPU).share((x,), None)[0][0], x)
+    few = Processes(2, 4, CPU).share((x,), None)
+    assert torch.equal(few.batch[0], x) and (few.examples, few.part) == (3, 0.25)
     shares = [Processes(number, 2, CPU).share(named, ["labels of another form"]) for number in range(2)]
-    assert [share["x"].tolist() for share, _ in shares] == [[0, 1], [2]]
-    assert [tuple(share["mask"].shape) for share, _ in shares] == [(2, 2), (1, 2)]
-    assert all(target == ["labels of another form"] for _, target in shares)
+    assert [share.batch["x"].tolist() for share in shares] == [[0, 1], [2]]
+    assert [tuple(share.batch["mask"].shape) for share in shares] == [(2, 2), (1, 2)]
+    assert all(share.target == ["labels of another form"] for share in shares)
+    assert [share.part for share in shares] == [2 / 3, 1 / 3]
 
 
 def test_alone_nothing_is_needed_but_together_accelerate_is(monkeypatch):

@@ -320,7 +320,7 @@ def test_load_says_what_is_wrong(file: Path) -> None:
     assert f"broken() in {file} raised KeyError: 'weights'." in load_refusal(f"{file}:broken")
     assert "returned a Linear, not a Workload." in load_refusal(f"{file}:foreign")
     assert "model is in train mode" in load_refusal(f"{file}:untrained")
-    assert "number() in" in load_refusal(f"{file}:number")
+    assert "has no function number(). It defines: " in load_refusal(f"{file}:number")
     for spec in ("no_such_module_anywhere", "no/such", "", ".relative"):
         assert f"{spec} could not be imported: " in load_refusal(spec)
 

@@ -36,13 +36,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from featherweight.batch_norms import as_in_training
 from featherweight.errors import LayerError
 from featherweight.hooks import channel_dim, returned_inside, returning_outputs, watch_outputs
 from featherweight.losses import Comparison, kinds_of, relative_error
 from featherweight.passes._distillation import Distillation, Lesson
 from featherweight.settings import Choice, Range
 from featherweight.surgery import counterparts, landmarks, left, matches, unlike
-from featherweight.training import as_in_training
 from featherweight.workload import Batch, Workload, call, outputs
 
 RIDGE = 1e-4  # of the mean square of a student's channel, so that the fit has one solution

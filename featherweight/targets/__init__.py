@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from featherweight.errors import TargetError
+from featherweight.machine import physical_cores
 
 if TYPE_CHECKING:
     from torch import nn
@@ -72,6 +73,33 @@ class Target(ABC):
     @abstractmethod
     def load(self, folder: Path, threads: int) -> Runner:
         """The network in `folder`, ready to run on `threads` threads."""
+
+    def load_on(self, device: str, folder: Path, threads: int) -> Runner:
+        """The network in `folder`, ready to run on a device: `cpu`, or `cuda:1`, say.
+
+        Raises:
+            TargetError: there is no such device, or the runtime cannot use it.
+        """
+        if device != "cpu":
+            raise self.without(device, "it runs on processors only")
+        return self.load(folder, threads)
+
+    def count(self, device: str) -> int:
+        """How many devices of a kind this runtime can use here; of the kind `cpu` the processor's cores.
+
+        Raises:
+            TargetError: none.
+        """
+        if device != "cpu":
+            raise self.without(device, "it runs on processors only")
+        return physical_cores()
+
+    def without(self, device: str, why: str) -> TargetError:
+        """What is raised where this runtime cannot use a device."""
+        return TargetError(
+            f"{self.name()} cannot run on {device}: {why}. Choose another device, or make the artifact for another "
+            "target (--target)."
+        )
 
     @abstractmethod
     def profile(self, folder: Path, inputs: Arrays, threads: int, runs: int = 3) -> list[Kernel]:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from featherweight.workload import Workload
 
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+CUDA = "CUDAExecutionProvider"
 PROBED, PROBES = 64, 50  # operators of the graph that shows what a profile adds to each, and runs of it
 INT8_KERNELS = ("QLinear", "Integer", "QGemm", "QAttention", "QuantizeMatMul", "MatMulNBits")
 
@@ -64,6 +65,31 @@ class ONNXRuntime(Target):
 
     def load(self, folder: Path, threads: int) -> Runner:
         return _runner(_session(folder / "model.onnx", threads))
+
+    def load_on(self, device: str, folder: Path, threads: int) -> Runner:
+        if device == "cpu":
+            return self.load(folder, threads)
+        number = int(device.partition(":")[2] or 0)
+        if number >= self.count(device.partition(":")[0]):
+            raise self.without(device, "there are fewer")
+        session = _session(folder / "model.onnx", threads, device=number)
+        if CUDA not in session.get_providers():  # it warns, and runs on the processor
+            raise self.without(device, "its libraries of CUDA and cuDNN cannot be loaded, see what it says of them")
+        return _runner(session)
+
+    def count(self, device: str) -> int:
+        import onnxruntime
+
+        if device == "cpu":
+            return super().count(device)
+        if device != "cuda":
+            raise self.without(device, "it runs on processors and GPUs only")
+        if CUDA not in onnxruntime.get_available_providers():
+            raise self.without(device, "the package onnxruntime-gpu is not installed in place of onnxruntime")
+        found = sum(place.ep_name == CUDA for place in onnxruntime.get_ep_devices())
+        if not found:
+            raise self.without(device, "there is none here")
+        return found
 
     def profile(self, folder: Path, inputs: Arrays, threads: int, runs: int = 3) -> list[Kernel]:
         return usual(_told(folder / "model.onnx", inputs, threads, runs, _added_ms(threads)))
@@ -108,7 +134,7 @@ def _added_ms(threads: int) -> float:
     return max(0.0, sum(kernel.latency_ms for kernel in told) - float(np.median(taken))) / PROBED
 
 
-def _session(source: Path | bytes, threads: int, profile: str = "") -> Any:
+def _session(source: Path | bytes, threads: int, profile: str = "", device: int | None = None) -> Any:
     import onnxruntime
 
     onnxruntime.set_default_logger_severity(3)
@@ -118,7 +144,8 @@ def _session(source: Path | bytes, threads: int, profile: str = "") -> Any:
     if profile:
         options.enable_profiling, options.profile_file_prefix = True, profile
     model = source if isinstance(source, bytes) else str(source)
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    on_gpu = [] if device is None else [(CUDA, {"device_id": device})]
+    return onnxruntime.InferenceSession(model, options, providers=[*on_gpu, "CPUExecutionProvider"])
 
 
 def _runner(session: Any) -> Runner:

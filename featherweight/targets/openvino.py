@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from featherweight.errors import ExportError
+from featherweight.machine import physical_cores
 from featherweight.onnx_pairs import complete, constant, is_decoded, readers
 from featherweight.targets import Arrays, Kernel, Runner, Target
 
@@ -277,6 +278,7 @@ def _compiled(network: Any, shapes: tuple[tuple[int, ...], ...], threads: int, *
         {
             "INFERENCE_PRECISION_HINT": hint,
             "INFERENCE_NUM_THREADS": threads,
+            "ENABLE_CPU_PINNING": threads >= physical_cores(),  # else all that run side by side share the first cores
             "NUM_STREAMS": 1,
             "PERFORMANCE_HINT": "LATENCY",
             **more,

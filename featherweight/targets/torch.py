@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from featherweight.errors import ArtifactError, ExportError
+from featherweight.errors import ArtifactError, ExportError, TargetError
 from featherweight.targets import Arrays, Kernel, Runner, Target, usual
 
 if TYPE_CHECKING:
@@ -96,20 +96,28 @@ class Torch(Target):
             )
 
     def load(self, folder: Path, threads: int) -> Runner:
-        import torch
+        return _runner(*_read(folder / "model.pt2"), "cpu", threads)
 
-        from featherweight.workload import outputs
+    def load_on(self, device: str, folder: Path, threads: int) -> Runner:
+        if device == "cpu":
+            return self.load(folder, threads)
+        from featherweight.devices import moved
 
-        network, names = _read(folder / "model.pt2")
+        kind, _, number = device.partition(":")
+        if int(number or 0) >= self.count(kind):
+            raise self.without(device, "there are fewer")
+        program, names = _program(folder / "model.pt2")
+        return _runner(moved(program, device), names, device, threads)
 
-        def call(values: list[torch.Tensor]) -> object:
-            return network(**dict(zip(names, values, strict=True))) if names else network(*values)
+    def count(self, device: str) -> int:
+        if device == "cpu":
+            return super().count(device)
+        from featherweight.devices import count
 
-        def run(inputs: Arrays) -> list[np.ndarray]:
-            with _threads(threads), torch.inference_mode():
-                return [value.numpy() for value in outputs(call([torch.from_numpy(array) for array in inputs]))]
-
-        return run
+        try:
+            return count(device)
+        except TargetError as error:
+            raise self.without(device, str(error)) from error
 
     def profile(self, folder: Path, inputs: Arrays, threads: int, runs: int = 3) -> list[Kernel]:
         import torch
@@ -134,6 +142,23 @@ class Torch(Target):
         return usual(found)
 
 
+def _runner(network: Any, names: Sequence[str], device: str, threads: int) -> Runner:
+    """`network` on arrays, which go to the device and come back."""
+    import torch
+
+    from featherweight.workload import outputs
+
+    def call(values: list[torch.Tensor]) -> object:
+        return network(**dict(zip(names, values, strict=True))) if names else network(*values)
+
+    def run(inputs: Arrays) -> list[np.ndarray]:
+        with _threads(threads), torch.inference_mode():
+            found = call([torch.from_numpy(array).to(device) for array in inputs])
+            return [value.cpu().numpy() for value in outputs(found)]
+
+    return run
+
+
 def _kernel(event: Any) -> Kernel:
     """An operator that torch ran, named after the node of the program that it is a part of."""
     node = event
@@ -144,11 +169,19 @@ def _kernel(event: Any) -> Kernel:
 
 
 def _read(path: Path) -> tuple[Any, Sequence[str]]:
-    """The program in a file, as it is to run, and the names of inputs where they are given by keyword."""
-    import torch
-
+    """The network in a file, as it is to run on processors, and the names of inputs that are given by keyword."""
     from featherweight.int8 import use_int8
     from featherweight.sparse import use_sparse
+
+    program, names = _program(path)
+    return use_sparse(use_int8(program.module())), names
+
+
+def _program(path: Path) -> tuple[Any, Sequence[str]]:
+    """The program in a file, as it was written, and the names of inputs where they are given by keyword."""
+    import torch
+
+    import featherweight.encodings  # noqa: F401 - has the operators that programs name
 
     check_archive(path)
     try:
@@ -158,8 +191,20 @@ def _read(path: Path) -> tuple[Any, Sequence[str]]:
             f"torch cannot read {path}: {' '.join(str(error).split())[:200]} It was written by "
             "another version of torch or Featherweight. Export the network again."
         ) from error
-    names = program.call_spec.in_spec.child(1).context or ()
-    return use_sparse(use_int8(program.module())), names
+    return program, program.call_spec.in_spec.child(1).context or ()
+
+
+def positional(path: Path, device: str = "cpu") -> Any:
+    """The program in a file, as it was written: a GraphModule that takes inputs by position and returns a tuple."""
+    import torch
+
+    from featherweight.devices import moved
+
+    program, _ = _program(path)
+    network = program.module(check_guards=False) if device == "cpu" else moved(program, device)
+    graph = network.graph
+    graph.set_codegen(torch.fx.graph.CodeGen())
+    return torch.fx.GraphModule(network, graph)  # without the hooks that look at keywords
 
 
 @contextlib.contextmanager

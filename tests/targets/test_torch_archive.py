@@ -1,6 +1,8 @@
 """The torch target reads data only: archives that would unpickle or evaluate something are refused."""
 
 import json
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -9,8 +11,11 @@ import torch
 from torch import nn
 
 from featherweight import targets
+from featherweight.artifact import build
 from featherweight.errors import ArtifactError, ExportError
+from featherweight.recipe import Recipe
 from featherweight.targets.torch import _is_size, check_archive
+from featherweight.testing import networks
 from featherweight.workload import Workload, outputs
 
 
@@ -237,6 +242,15 @@ def test_what_could_not_be_read_is_not_written(tmp_path):
     with pytest.raises(ExportError, match=r"calls '.*wrap_with_autocast'\. Replace .* take torch\.autocast out"):
         targets.find("torch").export(model, workload, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fresh_process_finds_the_operators_that_a_program_names(tmp_path):
+    build(Recipe.from_yaml("steps: [quantize_static]\ntarget: torch"), networks()["mlp"], tmp_path / "artifact")
+    script = (
+        "import sys, pathlib\nfrom featherweight.targets.torch import positional\npositional(pathlib.Path(sys.argv[1]))"
+    )
+    command = [sys.executable, "-c", script, tmp_path / "artifact" / "model.pt2"]
+    assert subprocess.run(command, capture_output=True, check=True).stderr == b""
 
 
 def test_threads_are_as_before(archive):
