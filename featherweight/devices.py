@@ -3,7 +3,7 @@
     cuda    GPUs, by torch's own backend
     tpu     TPUs, by torch_tpu, whose device torch calls `tpu`
 
-Neither was run on hardware yet. What is to be run in the place of a TPU is XLA on processors, through torchax
+Neither was run on hardware yet. What was run in the place of a TPU is XLA on processors, through torchax
 (`benchmarks/xla.py`). Where training runs is `processes`' affair.
 """
 
