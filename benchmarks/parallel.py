@@ -5,25 +5,25 @@
 The network is compressed by int8 alone, for it is the runtime's speed that counts. Inputs are the 20,000 training
 images of the example, as arrays in a file. `throughput` runs in turn, some rounds each, medians with all rounds beside
 them: `predict` with one replica on one core; as it chooses by itself; the runtime in this process on all cores, at the
-best of a few batches; and OpenVINO's own `benchmark_app -hint throughput` on the same file. The first shards,
-for which runtimes compile the network, are left out everywhere, as that tool does. `scaling` runs `predict` on 1, 4
-and 16 times as many rows, each in a fresh process whose peak of memory is that of the system's accounts. `ray` runs
-about a minute's worth of rows on local replicas and on as many of a local cluster, in turn, then once more on Ray with
-a replica killed half way; whole runs, loading included, but on a cluster that is there already.
+best of a few batches; and OpenVINO's own `benchmark_app -hint throughput` on the same file. The first shards, for which
+runtimes compile the network, are left out everywhere, as that tool does. `scaling` runs `predict` on 1, 4 and 16 times
+as many rows, with the memory that it and its replicas held at most. `ray` runs about a minute's worth of rows on local
+replicas and on as many of a local cluster, in turn, then once more on Ray with a replica killed half way; whole runs,
+loading included, but on a cluster that is there already.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
-import os
 import re
-import resource
 import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -158,7 +158,7 @@ def scaling(chosen: argparse.Namespace) -> list[dict[str, Any]]:
         out.unlink(missing_ok=True)
         command = [sys.executable, "-m", "featherweight", "predict", artifact.folder, source, "--out", out]
         command += ["--replicas", str(physical_cores()), "--batch", "16"]
-        begin, (kb, _) = time.perf_counter(), _peak([str(part) for part in command])
+        begin, kb = time.perf_counter(), _peak([str(part) for part in command])
         seconds = time.perf_counter() - begin
         table.append({"rows": scale * len(rows), "seconds": seconds, "peak_kb": kb})
         print(
@@ -227,13 +227,29 @@ def _repeat(rows: np.ndarray, times: int, path: Path) -> None:
     whole.flush()
 
 
-def _peak(command: Sequence[str]) -> tuple[int, int]:
-    """The most that the process held, in kB, and any of its replicas."""
-    pid = os.spawnv(os.P_NOWAIT, command[0], list(command))
-    _, status, usage = os.wait4(pid, 0)
-    if status:
+def _peak(command: Sequence[str]) -> int:
+    """The most that the process and its replicas held, in kB, each for itself: what they share is counted by each.
+
+    `ru_maxrss` will not do: Linux passes on to a program what the process held that started it.
+    """
+    started, peaks, seen = psutil.Popen(command), dict[int, int](), Counter[int]()
+    while started.poll() is None:
+        for process in (started, *_children(started)):
+            with contextlib.suppress(OSError, psutil.Error):
+                said = Path(f"/proc/{process.pid}/status").read_text()
+                if found := re.search(r"VmHWM:\s*(\d+) kB", said):
+                    peaks[process.pid] = int(found[1])
+                    seen[process.pid] += 1
+        time.sleep(0.2)
+    if started.returncode:
         raise SystemExit(f"{' '.join(command)} failed")
-    return usage.ru_maxrss, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return sum(peak for pid, peak in peaks.items() if seen[pid] > 4)  # others were on their way to be a program
+
+
+def _children(process: psutil.Popen) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.Error):
+        return list(process.children(recursive=True))
+    return []
 
 
 def main() -> None:

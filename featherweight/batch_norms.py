@@ -58,10 +58,6 @@ class Norms:
         """All that they keep."""
         return [buffer for norm in self._momenta for buffer in norm.buffers()]
 
-    def averages(self) -> list[Tensor]:
-        """The means and variances among it."""
-        return [buffer for buffer in self.statistics() if buffer.is_floating_point()]
-
     def __enter__(self) -> Self:
         return self
 

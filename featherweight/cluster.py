@@ -31,7 +31,18 @@ from featherweight.artifact import MANIFEST, Artifact, write_artifact
 from featherweight.columns import Prepare, open_input
 from featherweight.errors import FeatherweightError, ProcessError, SettingError, TargetError
 from featherweight.outputs import OutFile
-from featherweight.parallel import Ordered, Told, check_fits, check_some, inputs_of, key_of, matched, outputs_of, shards
+from featherweight.parallel import (
+    Ordered,
+    Told,
+    check_counts,
+    check_fits,
+    check_some,
+    inputs_of,
+    key_of,
+    matched,
+    outputs_of,
+    shards,
+)
 from featherweight.pools import check_pool, connected
 from featherweight.replica import whole
 
@@ -144,9 +155,7 @@ def predict_ray(
 
 def _check(address: str, replicas: int | None, threads: int | None, batch: int | None, device: str) -> None:
     """Whether what is asked for makes sense, before anything is opened."""
-    for name, value in (("replicas", replicas), ("threads", threads), ("batch", batch)):
-        if value is not None and value < 1:
-            raise SettingError(f"{name}={value!r} is no whole number above zero.")
+    check_counts(replicas=replicas, threads=threads, batch=batch)
     if device not in ("cpu", "cuda"):
         raise SettingError(f"Replicas on Ray run on cpu or cuda, not on {device}.")
     check_pool(f"ray:{address}" if address else "ray")

@@ -1,8 +1,7 @@
 """Inputs that are no arrays in a file: Parquet, and folders of images. And outputs as Parquet.
 
     inputs.parquet    or a folder of such files, read in the order of their names; a column for each input
-    images/           a folder of images, at any depth, in the order of their paths; a function says what a network
-    reads
+    images/           a folder of images, at any depth, in the order of their paths; a function says what is read of one
 
 Columns hold numbers, lists of one length (of such lists, …), or Arrow's tensors of one shape. Pictures differ in what a
 network wants of them (size, crop, scale, order of channels), so that the user's function makes a row of each: it is

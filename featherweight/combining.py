@@ -1,8 +1,7 @@
 """What several networks return for the same inputs, made one: the mean, a weighted mean, or the majority's vote.
 
-    mean    y = 1/N Σ y_i, or Σ w_i y_i / Σ w_i with weights; of logits or of probabilities, whatever the networks
-    return vote    the class that most networks choose, or that the heaviest do; a tie goes to the class with the higher
-    mean
+    mean    y = 1/N Σ y_i, or Σ w_i y_i / Σ w_i with weights; of logits or of probabilities, whatever networks return
+    vote    the class that most networks choose, or that the heaviest do; a tie goes to the class with the higher mean
 
 Sums are taken in the order of the networks, in double precision, whichever of them is done first: the same outputs give
 the same bits. Averaging and voting over networks is Hansen, Salamon 1990 (IEEE TPAMI 12(10), section III). Outputs of

@@ -39,6 +39,7 @@ from featherweight.outputs import OutFile
 from featherweight.parallel import (
     Ordered,
     Told,
+    check_counts,
     check_fits,
     check_some,
     combined_outputs,
@@ -135,9 +136,7 @@ def _checked(
     """What a row of each output will be, after a look at all that is known before others are met."""
     if split not in SPLITS:
         raise SettingError(f"There is no split {split!r}. There are: {', '.join(SPLITS)}.")
-    for name, value in (("threads", threads), ("batch", batch)):
-        if value is not None and value < 1:
-            raise SettingError(f"{name}={value!r} is no whole number above zero.")
+    check_counts(threads=threads, batch=batch)
     if split == "networks":
         return combined_outputs(artifacts, combine, weights)
     if len(artifacts) > 1:

@@ -588,7 +588,16 @@ def _check(replicas: int | str, threads: int | None, batch: int | None, objectiv
         raise SettingError(f"There is no objective {objective!r}. There are: {', '.join(OBJECTIVES)}.")
     if replicas != "auto" and not (isinstance(replicas, int) and replicas > 0):
         raise SettingError(f"replicas={replicas!r} is neither auto nor a whole number above zero.")
-    for name, value in (("threads", threads), ("batch", batch)):
+    check_counts(threads=threads, batch=batch)
+
+
+def check_counts(**counts: int | None) -> None:
+    """Refuses counts below one; None says nothing.
+
+    Raises:
+        SettingError: there is one.
+    """
+    for name, value in counts.items():
         if value is not None and value < 1:
             raise SettingError(f"{name}={value!r} is no whole number above zero.")
 

@@ -89,7 +89,7 @@ def train(
             Norms(model, set(layers), count, together) as norms,
             memory.keeping(),
         ):
-            together.agree(learnt)
+            together.agree([*learnt, *norms.statistics()])
             lazy = together.device.type == XLA  # it fuses by itself, and compiles numbers into its programs
             optimizer = torch.optim.AdamW(relative_rates(learnt, lr), weight_decay=0.0, fused=not lazy, capturable=lazy)
             about = (step, where, count, lr, precision, together)
@@ -97,7 +97,6 @@ def train(
             shares = (together.share(*pair) for pair in islice(_batches(data, workload.example, step), count))
             course = _Course(step, lr, count, loss, optimizer, norms, together, checkpoint)
             losses = course.run(_laid_out(shares, model))
-            together.average(norms.averages())
     return losses, layers
 
 
